@@ -16,6 +16,7 @@ from siglip_lite import SiglipVision, normalise
 from .batch import PackedBatch
 from .config import Blip3Config
 from .fusion import place_image_tokens
+from .grouping import group_images
 
 
 class Blip3(nn.Module):
@@ -28,22 +29,26 @@ class Blip3(nn.Module):
         self.vision_tokenizer = PerceiverResampler(cfg.connector)
         self.lang_model = Phi3(cfg.lm)
 
-    def image_tokens(
-        self,
-        tiles: UInt8[Tensor, "p 3 s s"] | None,
-        valid: Bool[Tensor, "p n"],
-        features: Float[Tensor, "p n dv"] | None = None,
-    ) -> Float[Tensor, "m d"]:
-        """Image tokens of all tiles, end to end: tile by tile, latent by latent.
+    def image_tokens(self, batch: PackedBatch) -> Float[Tensor, "m d"]:
+        """Image tokens of all images, end to end: group by group (see `grouping`), latent by latent.
 
-        `features` (what `patch_features` gave) take the place of `tiles` where they were kept.
+        Kept features (`batch.features`) take the place of the tiles.
+
+        Raises:
+            ValueError: the batch has neither tiles nor features.
         """
+        features, valid = batch.features, batch.valid
         if features is None:
-            if tiles is None:
+            if batch.tiles is None:
                 raise ValueError(
                     "image tokens: expected tiles or features, got neither; collate the batch with one of them"
                 )
-            features = self.patch_features(tiles, valid)
+            features = self.patch_features(batch.tiles, valid)
+        if self.cfg.tiling.kind == "anyres_fixed":
+            features, valid = group_images(features, valid, batch.tiles_per_image)
+        elif batch.feature_order is not None:
+            features = features.flatten(0, 1)[batch.feature_order].view_as(features)
+            valid = valid.flatten()[batch.feature_order].view_as(valid)
         return self.vision_tokenizer(features, valid).flatten(0, 1)
 
     def patch_features(self, tiles: UInt8[Tensor, "p 3 s s"], valid: Bool[Tensor, "p n"]) -> Float[Tensor, "p n dv"]:
@@ -60,9 +65,7 @@ class Blip3(nn.Module):
         embeds = self.lang_model.embed(batch.ids)
         if batch.valid.shape[0] == 0:
             return embeds
-        return place_image_tokens(
-            embeds, self.image_tokens(batch.tiles, batch.valid, batch.features), batch.image_index
-        )
+        return place_image_tokens(embeds, self.image_tokens(batch), batch.image_index)
 
     def forward(self, batch: PackedBatch) -> Float[Tensor, "t d"]:
         """Hidden states after the final norm; the head is applied only where it is needed."""
