@@ -6,6 +6,7 @@ import msgspec
 import tyro
 
 from blip3_lite.config import Blip3Config
+from dpo_lite.config import DpoConfig
 from lora_lite.config import LoraConfig
 from trainer_lite.config import TrainConfig
 
@@ -23,8 +24,8 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Next-token prediction on the target positions, or DPO on pairs."""
     lora: LoraConfig | None = None
     """Adapters on the language model, in place of its own weights."""
-    beta: float = 0.1
-    """DPO: how strongly the policy is held to the reference."""
+    dpo: DpoConfig = DpoConfig()
+    """The loss of the objective `preference`."""
     views: Literal["tiles", "base"] = "tiles"
     """Images as the model's tiling cuts them, or as one base view each."""
     max_tokens: int = 4096
@@ -41,8 +42,6 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}; raise it")
         if not self.trains and self.lora is None:
             raise ValueError("trains: expected at least one part, got none; name one, or set adapters")
-        if self.beta <= 0:
-            raise ValueError(f"beta: expected above 0, got {self.beta}; 0.1 is usual")
 
 
 class WarmupConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -172,7 +172,7 @@ def run_stage(
     collate_samples = collate if features is None else features.collate
     stream = make_stream(stage, data, processor, collate_samples, stage.train.seed)
     trainer: Trainer[Any] = Trainer(
-        model=Preference(model, stage.beta) if stage.objective == "preference" else NextToken(model),
+        model=Preference(model, stage.dpo) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),
         stream=stream,
         cfg=stage.train,
