@@ -26,7 +26,7 @@ from train_config import StageConfig
 from train_objectives import NextToken, Preference, SamplePair, collate_pairs
 from trainer_lite import FitResult, Progress, RunFolder, StopFlag, Trainer
 
-IMAGE_CACHE_BYTES = 1 << 30
+IMAGE_CACHE_BYTES = 1 << 29
 """Tiles of images are kept up to this much, so that a repeated picture is decoded and cut once."""
 
 
