@@ -47,7 +47,10 @@ def test_other_fingerprint_is_refused(tmp_path):
         ReferenceCache.load(tmp_path / "cache.json", fingerprint="model 2")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"format": 1}', b"\xff\xfe", b'{"format":1,"fingerprint":"","x":1}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"format": 1}', b"\xff\xfe", b'{"fingerprint": "\xff"}', b'{"format":1,"fingerprint":"","x":1}'],
+)
 def test_file_that_is_no_cache_is_refused(tmp_path, content):
     (tmp_path / "cache.json").write_bytes(content)
     with pytest.raises(ReferenceCacheError, match=r"cache\.json: expected a file written by"):

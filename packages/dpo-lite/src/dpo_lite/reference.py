@@ -99,7 +99,7 @@ class ReferenceCache:
         """
         try:
             content = msgspec.json.decode(Path(path).read_bytes(), type=_File)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ReferenceCacheError(
                 f"reference cache {path}: expected a file written by ReferenceCache.save, got {error}; make it anew"
             ) from error
