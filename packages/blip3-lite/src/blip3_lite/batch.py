@@ -17,7 +17,7 @@ class EncodedSample:
     id: str
     source: str
     ids: Int64[Tensor, " t"]
-    """Token ids; an image slot holds the `<image>` id, which the model never embeds."""
+    """Token ids; an image slot holds the `<image>` id, whose embedding an image token replaces."""
     targets: Int64[Tensor, " t"]
     """The token that follows each position where it is to be learnt, else -100."""
     image_index: Int64[Tensor, " m"]

@@ -3,9 +3,10 @@
 No pickle is read or written and no code comes from a checkpoint.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import torch
@@ -50,13 +51,46 @@ class LoadedModel:
 def model_writers(
     model: Blip3, processor: Processor, lora: lora_lite.LoraConfig | None = None
 ) -> dict[str, Callable[[Path], object]]:
-    """Name → writer of each file that a model checkpoint is made of; a training checkpoint adds its own."""
+    """Name → writer of each file that a model checkpoint is made of; a training checkpoint adds its own.
+
+    `lora`: the config of the adapters that are attached to `model.lang_model`, unmerged; None if there are none.
+
+    Raises:
+        CheckpointError: the model's adapters are others, elsewhere or merged: it could not be loaded again as it is.
+    """
+    _check_adapters(model, lora)
     config = CheckpointConfig(model=model.cfg, lora=lora, tokenizer_file=processor.tokenizer_file)
     return {
         CONFIG: lambda path: path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2)),
         WEIGHTS: lambda path: save_file(_tensors_to_save(model), path),
         processor.tokenizer_file: processor.save_tokenizer,
     }
+
+
+def _check_adapters(model: Blip3, lora: lora_lite.LoraConfig | None) -> None:
+    layers = lora_lite.lora_layers(model)
+    if lora is None:
+        if layers:
+            raise CheckpointError(
+                f"adapters: expected none (no LoRA config was given), got {len(layers)}, the first at {layers[0][0]}; "
+                "give their config, or merge_and_remove them"
+            )
+        return
+    if not layers:
+        raise CheckpointError(f"adapters: expected those of {lora}, got none; attach them, or save without a config")
+    for name, layer in layers:
+        if not name.startswith("lang_model."):
+            raise CheckpointError(
+                f"adapter of {name}: expected adapters in lang_model only, got one elsewhere; merge_and_remove it first"
+            )
+        if layer.is_merged:
+            raise CheckpointError(f"adapter of {name}: expected it apart, got it merged; unmerge the adapters first")
+        rank = layer.lora_a.shape[0]
+        if (rank, layer.scale) != (lora.rank, lora.scale):
+            raise CheckpointError(
+                f"adapter of {name}: expected rank {lora.rank}, scale {lora.scale:g}, got rank {rank}, scale "
+                f"{layer.scale:g}; give the config that it was attached with"
+            )
 
 
 def save_model(
@@ -67,7 +101,12 @@ def save_model(
     lora: lora_lite.LoraConfig | None = None,
     manifest: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a checkpoint folder at `path`, all or nothing. `lora`: the config of adapters attached to `model`."""
+    """Write a checkpoint folder at `path`, all or nothing; `lora` as for `model_writers`.
+
+    Raises:
+        CheckpointError: the model's adapters do not fit `lora`, or `path` holds something that is no checkpoint.
+        OSError: the disk is full or read-only; an older checkpoint at `path` is still there.
+    """
     write_folder(path, model_writers(model, processor, lora), manifest or {})
 
 
@@ -81,27 +120,42 @@ def read_config(path: Path) -> CheckpointConfig:
         return msgspec.json.decode((path / CONFIG).read_bytes(), type=CheckpointConfig)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path}: expected {CONFIG}, got none; check the path") from error
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"checkpoint {path / CONFIG}: expected a model config, got: {error}; is it ours?"
         ) from error
 
 
 def load_model(path: Path, *, device: torch.device | str = "cpu", verify: bool = True) -> LoadedModel:
-    """Load a checkpoint folder; the tensors must be exactly those of its config.
+    """Load a checkpoint folder, frozen; the tensors must be exactly those of its config. No random number is drawn.
 
     Raises:
         CheckpointError: missing, half-written or damaged folder; missing, extra or misshaped tensors (all listed).
     """
-    read_manifest(path, verify)
+    manifest = read_manifest(path, verify)
+    _check_listed(path, manifest, [CONFIG])
     config = read_config(path)
+    _check_listed(path, manifest, [WEIGHTS, config.tokenizer_file])
     processor = Processor(config.model, load_tokenizer(path / config.tokenizer_file))
-    model = Blip3(config.model)
-    if config.lora is not None:
-        lora_lite.attach(model.lang_model, config.lora)
+    with torch.device("meta"):
+        model = Blip3(config.model)
+        # Frozen before the adapters take note of it: merging them for good then leaves frozen matrices.
+        model.requires_grad_(False)
+        if config.lora is not None:
+            lora_lite.attach(model.lang_model, config.lora)
+    model.to_empty(device=device).requires_grad_(False)
     load_tensors(model, path / WEIGHTS)
-    model.requires_grad_(False)
-    return LoadedModel(model.to(device).eval(), processor, config)
+    return LoadedModel(model.eval(), processor, config)
+
+
+def _check_listed(path: Path, manifest: Mapping[str, object], names: Iterable[str]) -> None:
+    """A file that the manifest does not list has not been verified."""
+    absent = [name for name in names if name not in cast(Mapping[str, object], manifest["files"])]
+    if absent:
+        raise CheckpointError(
+            f"checkpoint {path}: expected {', '.join(absent)} among the files of its manifest, got no such entry; "
+            "use another copy"
+        )
 
 
 def load_tensors(module: nn.Module, file: Path) -> None:

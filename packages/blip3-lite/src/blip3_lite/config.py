@@ -1,5 +1,6 @@
 """What a checkpoint's config.json says: the parts, how they are joined, and how images are cut."""
 
+from pathlib import PurePath
 from typing import Literal
 
 import msgspec
@@ -73,9 +74,14 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Layout of the folder."""
 
     def __post_init__(self) -> None:
-        """Refuse layouts that this code does not know."""
+        """Refuse layouts that this code does not know, and files outside the folder."""
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"checkpoint format: expected {FORMAT_VERSION}, got {self.format_version}; "
                 "read it with the release that wrote it"
+            )
+        if PurePath(self.tokenizer_file).name != self.tokenizer_file or self.tokenizer_file in ("", ".."):
+            raise ValueError(
+                f"tokenizer_file: expected a plain file name, got {self.tokenizer_file!r}; "
+                "keep the tokenizer in the checkpoint folder"
             )

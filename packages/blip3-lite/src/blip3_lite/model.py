@@ -4,6 +4,8 @@ The parts carry the names of the published checkpoints (`vision_encoder`, `visio
 Source: xGen-MM (BLIP-3), arXiv:2408.08872 §3.
 """
 
+from contextlib import nullcontext
+
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
@@ -22,12 +24,24 @@ from .grouping import group_images
 class Blip3(nn.Module):
     """A vision tower, a connector and a language model as one next-token predictor over text and images."""
 
-    def __init__(self, cfg: Blip3Config) -> None:
+    def __init__(self, cfg: Blip3Config, *, generator: torch.Generator | None = None) -> None:
+        """Make the model with fresh weights, drawn with `generator` on its device (None: torch's global one)."""
         super().__init__()
         self.cfg = cfg
-        self.vision_encoder = SiglipVision(cfg.vision)
-        self.vision_tokenizer = PerceiverResampler(cfg.connector)
-        self.lang_model = Phi3(cfg.lm)
+        # The parts' constructors draw from the global generator, but not for tensors on the meta device.
+        with nullcontext() if generator is None else torch.device("meta"):
+            self.vision_encoder = SiglipVision(cfg.vision)
+            self.vision_tokenizer = PerceiverResampler(cfg.connector)
+            self.lang_model = Phi3(cfg.lm)
+        if generator is not None:
+            self.to_empty(device=generator.device)
+            self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, each part by its own rule."""
+        self.vision_encoder.init_weights(generator)
+        self.vision_tokenizer.init_weights(generator)
+        self.lang_model.reset_parameters(generator)
 
     def image_tokens(self, batch: PackedBatch) -> Float[Tensor, "m d"]:
         """Image tokens of all images, end to end: group by group (see `grouping`), latent by latent.
