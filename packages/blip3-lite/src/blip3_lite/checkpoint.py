@@ -10,15 +10,16 @@ from typing import cast
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_lite
+import weight_files
+from weight_files import SafetensorsFiles, WeightsError, same_names, unique_tensors
 
 from .config import CheckpointConfig
 from .folder import CheckpointError, read_manifest, write_folder
-from .model import Blip3
+from .model import Blip3, undrawn_model
 from .processor import Processor, load_tokenizer
 
 CONFIG = "config.json"
@@ -126,8 +127,12 @@ def read_config(path: Path) -> CheckpointConfig:
         ) from error
 
 
-def load_model(path: Path, *, device: torch.device | str = "cpu", verify: bool = True) -> LoadedModel:
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", verify: bool = True
+) -> LoadedModel:
     """Load a checkpoint folder, frozen; the tensors must be exactly those of its config. No random number is drawn.
+
+    dtype: that of the parameters; by default the file's.
 
     Raises:
         CheckpointError: missing, half-written or damaged folder; missing, extra or misshaped tensors (all listed).
@@ -137,11 +142,10 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", verify: bool =
     config = read_config(path)
     _check_listed(path, manifest, [WEIGHTS, config.tokenizer_file])
     processor = Processor(config.model, load_tokenizer(path / config.tokenizer_file))
-    with torch.device("meta"):
-        model = Blip3(config.model)
-        # Frozen before the adapters take note of it: merging them for good then leaves frozen matrices.
-        model.requires_grad_(False)
-        if config.lora is not None:
+    # Frozen before the adapters take note of it: merging them for good then leaves frozen matrices.
+    model = undrawn_model(config.model, _dtype_of(path / WEIGHTS) if dtype is None else dtype).requires_grad_(False)
+    if config.lora is not None:
+        with torch.device("meta"):
             lora_lite.attach(model.lang_model, config.lora)
     model.to_empty(device=device).requires_grad_(False)
     load_tensors(model, path / WEIGHTS)
@@ -164,49 +168,25 @@ def load_tensors(module: nn.Module, file: Path) -> None:
     Raises:
         CheckpointError: an unreadable file, or names and shapes that differ; lists every one.
     """
-    expected = _unique_tensors(module)
     try:
-        with safe_open(file, framework="pt") as source:
-            shapes = {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
-            _compare_tensors(file, {name: tuple(tensor.shape) for name, tensor in expected.items()}, shapes)
-            with torch.no_grad():
-                for name, tensor in expected.items():
-                    tensor.copy_(source.get_tensor(name))
-    except (SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(
-            f"checkpoint {file}: expected a safetensors file, got: {error}; use another copy"
-        ) from error
-
-
-def _compare_tensors(file: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    misshaped = [
-        f"{name}: expected {list(expected[name])}, got {list(found[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if expected[name] != found[name]
-    ]
-    if missing or unexpected or misshaped:
-        lines = [f"checkpoint {file}: the tensors are not those of its config; nothing was loaded"]
-        lines += [f"  missing ({len(missing)}): {', '.join(missing)}"] if missing else []
-        lines += [f"  unexpected ({len(unexpected)}): {', '.join(unexpected)}"] if unexpected else []
-        lines += [f"  misshaped ({len(misshaped)}): {'; '.join(misshaped)}"] if misshaped else []
-        raise CheckpointError("\n".join(lines))
-
-
-def _unique_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """State by name, a tensor that goes by two names (a tied head) only once."""
-    seen: set[int] = set()
-    unique: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            unique[name] = tensor
-    return unique
+        with SafetensorsFiles(file) as source:
+            weight_files.load_tensors(source, unique_tensors(module), same_names(module))
+    except WeightsError as error:
+        raise CheckpointError(f"checkpoint {error}") from error
 
 
 def _tensors_to_save(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in _unique_tensors(module).items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in unique_tensors(module).items()}
+
+
+def _dtype_of(file: Path) -> torch.dtype:
+    """The one floating-point dtype of a file's tensors, float32 if there are several."""
+    try:
+        with SafetensorsFiles(file) as source:
+            found = {info.dtype for info in source.tensors.values() if info.dtype.is_floating_point}
+    except WeightsError as error:
+        raise CheckpointError(f"checkpoint {error}") from error
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def newest_checkpoint(root: Path) -> Path:

@@ -95,3 +95,9 @@ class Blip3(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.lang_model.head_weight.device
+
+
+def undrawn_model(cfg: Blip3Config, dtype: torch.dtype = torch.float32) -> Blip3:
+    """A model without weights, on the meta device: to be measured, or filled after `to_empty`. Draws nothing."""
+    with torch.device("meta"):
+        return Blip3(cfg).to(dtype)

@@ -43,7 +43,7 @@ from weight_files import (
 from .checkpoint import LoadedModel
 from .config import XGEN_MM_SYSTEM_PROMPT, Blip3Config, CheckpointConfig
 from .folder import write_folder
-from .model import Blip3
+from .model import Blip3, undrawn_model
 from .processor import Processor
 
 XgenKind = Literal["base", "singleimg", "interleave", "dpo"]
@@ -143,13 +143,6 @@ def detect_kind(path: Path) -> XgenKind:
     return "singleimg" if found.get("grids") else "base"
 
 
-def empty_model(cfg: Blip3Config, dtype: torch.dtype, device: torch.device | str) -> Blip3:
-    """A model whose weights are allocated but not drawn."""
-    with torch.device("meta"):
-        model = Blip3(cfg)
-    return model.to(dtype).to_empty(device=device)
-
-
 def load_xgen_mm(
     path: Path,
     kind: XgenKind | None = None,
@@ -190,7 +183,7 @@ def load_xgen_mm(
         prefix = PREFIX if any(name.startswith(PREFIX) for name in source.tensors) else ""
         dtypes = {info.dtype for info in source.tensors.values() if info.dtype.is_floating_point}
         dtype = (torch.float32 if len(dtypes) != 1 else dtypes.pop()) if dtype is None else dtype
-        model = empty_model(cfg, dtype, device)
+        model = undrawn_model(cfg, dtype).to_empty(device=device)
         targets = unique_tensors(model)
         if vision is not None:
             tower = {name: targets.pop(name) for name in list(targets) if name.startswith("vision_encoder.")}
@@ -202,7 +195,7 @@ def load_xgen_mm(
             allow_missing=allow_missing,
             on_tensor=on_tensor,
         )
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False).eval()
     return LoadedModel(model, Processor(cfg, tokenizer), CheckpointConfig(model=cfg))
 
 

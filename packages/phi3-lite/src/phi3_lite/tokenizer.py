@@ -135,7 +135,7 @@ class PieceTokenizer(ABC):
         ids = self._encode_plain("\n" + text)
         if ids[: len(newline)] != newline:
             raise ValueError(
-                f"tokenizer: expected no piece across a line's end, got one in {text[:20]!r}; encode with a leading space"
+                f"tokenizer: expected no piece across a line's end, got one in {text[:20]!r}; encode it whole"
             )
         return ids[len(newline) :]
 

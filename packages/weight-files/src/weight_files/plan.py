@@ -110,7 +110,8 @@ def load_tensors(
                 missing += absent or [f"(nothing for {name})"]
         elif (shape := _shape_of(source, recipe)) != tuple(target.shape):
             names = " + ".join(piece.name for piece in recipe)
-            misshaped.append(f"{names}: expected {list(target.shape)} in all, got {list(shape)}")
+            in_all = " in all" if len(recipe) > 1 else ""
+            misshaped.append(f"{names}: expected {list(target.shape)}{in_all}, got {list(shape)}")
     used = {piece.name for name in targets for piece in recipes.get(name, ())}
     unexpected = [name for name in held if name not in used and not any(fnmatchcase(name, p) for p in ignored)]
     if missing or unexpected or misshaped:
