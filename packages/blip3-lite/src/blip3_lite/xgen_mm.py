@@ -53,7 +53,7 @@ PAD_TOKEN = "<pad>"
 NUM_USED_ROWS = 32_012
 """Rows of the released tables that ids reach: Phi-3's tokens and `<pad>`; the extra tokens come behind."""
 _ROW_MULTIPLE = 64
-_PUBLISHED_DTYPE: dict[XgenKind, torch.dtype] = {
+PUBLISHED_DTYPE: dict[XgenKind, torch.dtype] = {
     "base": torch.float32,
     "singleimg": torch.float32,
     "interleave": torch.bfloat16,
@@ -245,7 +245,7 @@ def export_xgen_mm(path: Path, loaded: LoadedModel, kind: XgenKind, *, max_shard
     Raises:
         ValueError: the model is none of xGen-MM's.
     """
-    tensors = xgen_mm_tensors(loaded.model, _PUBLISHED_DTYPE[kind])
+    tensors = xgen_mm_tensors(loaded.model, PUBLISHED_DTYPE[kind])
     writers = shard_writers(tensors, max_shard_bytes=max_shard_bytes)
     writers[loaded.processor.tokenizer_file] = loaded.processor.save_tokenizer
     write_folder(path, writers, {"format": f"xgen-mm-v1.5 {kind}"})

@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import WeightsError as WeightsError
+    from .plan import Differences as Differences
     from .plan import Piece as Piece
     from .plan import Recipe as Recipe
     from .plan import Target as Target
+    from .plan import compare_tensors as compare_tensors
     from .plan import load_tensors as load_tensors
     from .plan import same_names as same_names
     from .plan import unique_tensors as unique_tensors
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from .source import open_pickled as open_pickled
 
 __all__ = [
+    "Differences",
     "Piece",
     "Recipe",
     "SafetensorsFiles",
@@ -31,6 +34,7 @@ __all__ = [
     "TensorSource",
     "WeightsError",
     "as_they_are",
+    "compare_tensors",
     "load_tensors",
     "open_pickled",
     "plan_shards",
@@ -39,6 +43,7 @@ __all__ = [
     "unique_tensors",
 ]
 _HOMES = {
+    "Differences": "plan",
     "Piece": "plan",
     "Recipe": "plan",
     "SafetensorsFiles": "source",
@@ -49,6 +54,7 @@ _HOMES = {
     "TensorSource": "source",
     "WeightsError": "errors",
     "as_they_are": "shards",
+    "compare_tensors": "plan",
     "load_tensors": "plan",
     "open_pickled": "source",
     "plan_shards": "shards",
