@@ -61,6 +61,8 @@ def _run(
         input=stdin,
         capture_output=True,
         text=True,
+        # A lone surrogate stands for a byte that is no UTF-8.
+        errors="surrogateescape",
         timeout=300,
     )
 
