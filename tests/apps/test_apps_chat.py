@@ -5,7 +5,6 @@ The models here are made to say one thing: the head's weight is zero and its bia
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import msgspec
@@ -44,9 +43,9 @@ def saying(tiny_config, tiny_tokenizer):
 
 
 @pytest.fixture
-def session(saying):
+def session(saying, repo_root: Path, monkeypatch: pytest.MonkeyPatch):
     """The same, as a session with answers of four tokens."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/chat"))
+    monkeypatch.syspath_prepend(str(repo_root / "apps/chat"))
     from chat_session import Session
 
     def build(text: str | None, max_positions: int = 4096) -> Session:
