@@ -56,12 +56,11 @@ class Session:
             raise ChatError(f"{path}: {what} ({error.detail})") from error
         tiles = tile_image(image, self.loaded.config.model.tiling)
         self.pending.append(ImagePart(data))
-        per_tile = self.loaded.config.model.num_image_tokens_per_tile
         rows, columns = tiles.grid
         parts = f"{columns}×{rows} tiles + thumbnail" if tiles.thumbnail_first else "one view"
         return (
             f"{Path(path).name}: {image.width}×{image.height} px → {parts} of {tiles.tile_px} px "
-            f"→ {tiles.num_tiles * per_tile} tokens"
+            f"→ {self.loaded.config.model.num_image_tokens(tiles.num_tiles)} tokens"
         )
 
     def ask(self, text: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ import msgspec
 import tyro
 
 from blip3_lite.config import Blip3Config
+from dpo_lite.config import DpoConfig
 from lora_lite.config import LoraConfig
 from trainer_lite.config import TrainConfig
 
@@ -34,8 +35,8 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Train adapters on the language model in place of its own weights."""
     lora: LoraConfig = LoraConfig(rank=16, alpha=32, targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
     """The adapters; without meaning where they are not used."""
-    beta: float = 0.1
-    """DPO: how strongly the policy is held to the reference."""
+    dpo: DpoConfig = DpoConfig()
+    """The loss of the objective `preference`."""
     views: Literal["tiles", "base"] = "tiles"
     """Images as the model's tiling cuts them, or as one base view each."""
     max_tokens: int = 4096
@@ -60,8 +61,6 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "objective: expected next_token without adapters, got preference; add --use-lora: the reference is the "
                 "model without them"
             )
-        if self.beta <= 0:
-            raise ValueError(f"beta: expected above 0, got {self.beta}; 0.1 is usual")
 
     @property
     def trains_tower(self) -> bool:

@@ -53,10 +53,10 @@ def _show_scores(stage: str, scores: StageScores) -> None:
     say(f"{stage}: overall {scores.overall:.1%}  ({skills})")
 
 
-def _say_stopped(stage: str, result: FitResult) -> None:
+def _say_stopped(stage: str, result: FitResult, newest: Path | None) -> None:
     say(
         f"stopped in {stage} at step {result.counters.step}; a demo cannot be continued: start it anew, or go on from "
-        f"what is there, for example with uv run apps/train sft --init {result.checkpoint}"
+        f"what is there, for example with uv run apps/train sft --init {newest}"
     )
 
 
@@ -76,9 +76,9 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
     with timer.phase("warmup"):
         result = fit_warmup(warmup, model, CheckpointFiles(model, processor, None))
     if stop.is_set:
-        _say_stopped("warmup", result)
+        _say_stopped("warmup", result, result.checkpoint)
         return False
-    first_step = result.counters.step
+    first_step, newest = result.counters.step, result.checkpoint
     features = FeatureCache(model, config.feature_cache_mb << 20)
     scores: dict[str, StageScores] = {}
     with timer.phase("evaluation"):
@@ -105,8 +105,9 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
                 merge_adapters(model)
             if stage.trains_tower:
                 features = FeatureCache(model, config.feature_cache_mb << 20)
+        newest = result.checkpoint or newest
         if stop.is_set:
-            _say_stopped(name, result)
+            _say_stopped(name, result, newest)
             return False
         first_step += result.counters.step
         with timer.phase("evaluation"):

@@ -55,7 +55,7 @@ def _train(max_steps: int, learning_rate: float, muon_learning_rate: float) -> T
 
 def warmup_stage() -> WarmupConfig:
     """Dense labels; replaces published SigLIP weights."""
-    return WarmupConfig(train=_train(520, 4e-3, 1.5e-2), batch_size=32, world_samples=5400)
+    return WarmupConfig(train=_train(600, 4e-3, 1.5e-2), batch_size=32, world_samples=6300)
 
 
 def pretrain_stage() -> StageConfig:
@@ -65,12 +65,12 @@ def pretrain_stage() -> StageConfig:
 
 def sft_stage() -> StageConfig:
     """Conversations about one picture, any-resolution tiles."""
-    return StageConfig(train=_train(480, 2e-3, 5e-3), max_tokens=1536, world_samples=6000)
+    return StageConfig(train=_train(720, 2e-3, 5e-3), max_tokens=1536, world_samples=8100)
 
 
 def interleaved_stage() -> StageConfig:
     """Conversations about several pictures, mixed with single ones."""
-    return StageConfig(train=_train(260, 1.5e-3, 4e-3), max_tokens=1536, world_samples=5000)
+    return StageConfig(train=_train(420, 1.5e-3, 4e-3), max_tokens=1536, world_samples=8000)
 
 
 def dpo_stage() -> StageConfig:

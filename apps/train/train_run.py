@@ -100,6 +100,8 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
         torch.manual_seed(config.stage.train.seed)
         model, processor = _new_model(config, data) if resume is None else _model_shell(resume, data)
         run_folder = RunFolder(path) if config.resume else RunFolder.create(path, {"recipe": recipe, "config": config})
+        if config.resume and resume is None:
+            run_folder.metrics.rewind(recipe, 0)
         features = None if config.stage.trains_tower else _feature_cache(model, config)
         trainer = stage_trainer(
             recipe,
@@ -115,7 +117,8 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
         )
     announce(model, path)
     result = fit_stage(trainer, model)
-    say(f"checkpoint {result.checkpoint}")
+    if result.checkpoint is not None:
+        say(f"checkpoint {result.checkpoint}")
     if stop.is_set:
         say(f"stopped at step {result.counters.step}; continue with uv run apps/train {recipe} --out {path} --resume")
         return False
@@ -174,12 +177,13 @@ def _texts(data: StageData) -> Iterator[str]:
                 yield from (sample.chosen, sample.rejected)
 
 
-def _resume_point(run_folder: RunFolder) -> Path:
+def _resume_point(run_folder: RunFolder) -> Path | None:
+    """The newest whole checkpoint; None where the run ended before it saved one, so that it begins again."""
     found = run_folder.find_checkpoint()
     for refused in found.refused:
         say(f"train: passed over: {refused}")
-    if found.path is None:
-        raise CheckpointError(f"run folder {run_folder.path}: expected a checkpoint to resume, got none; start it anew")
+    if found.path is None and found.refused:
+        raise CheckpointError(f"run folder {run_folder.path}: expected a whole checkpoint, got none; start another run")
     return found.path
 
 

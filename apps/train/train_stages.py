@@ -30,7 +30,7 @@ from train_config import StageConfig
 from train_objectives import NextToken, Preference, SamplePair, collate_pairs
 from trainer_lite import FitResult, Progress, RunFolder, StopFlag, Trainer
 
-IMAGE_CACHE_BYTES = 1 << 30
+IMAGE_CACHE_BYTES = 1 << 29
 """Tiles of images are kept up to this much, so that a repeated picture is decoded and cut once."""
 
 _LOOK_AHEAD = 64
@@ -48,12 +48,9 @@ class StageData:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any source, its ratio, and what the image gate lets in: whatever decides which samples come."""
-        ratios = [1.0] * len(self.sources) if self.ratios is None else self.ratios
-        mixed = [
-            f"{source.name}={source.fingerprint}*{ratio:g}" for source, ratio in zip(self.sources, ratios, strict=True)
-        ]
-        return " ".join([*mixed, f"images={msgspec.json.encode(self.image_limits).decode()}"])
+        """Changes with any source and with what the image gate lets in; the stream itself compares the ratios."""
+        sources = [f"{source.name}={source.fingerprint}" for source in self.sources]
+        return " ".join([*sources, f"images={msgspec.json.encode(self.image_limits).decode()}"])
 
 
 class PackStream:
@@ -202,7 +199,7 @@ def stage_trainer(
     collate_samples = collate if features is None else features.collate
     stream = make_stream(stage, data, processor, collate_samples, stage.train.seed)
     trainer: Trainer[Any] = Trainer(
-        model=Preference(model, stage.beta) if stage.objective == "preference" else NextToken(model),
+        model=Preference(model, stage.dpo) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),
         stream=stream,
         cfg=stage.train,

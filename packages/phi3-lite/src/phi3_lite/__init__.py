@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .chat import ChatTemplate as ChatTemplate
     from .chat import ChatTurn as ChatTurn
     from .chat import EncodedChat as EncodedChat
+    from .chat import ImageSlot as ImageSlot
     from .config import Phi3Config as Phi3Config
     from .config import SamplingConfig as SamplingConfig
     from .config import mini_4k as mini_4k
@@ -35,6 +36,7 @@ __all__ = [
     "EncodedChat",
     "GenerationStep",
     "HFTokenizer",
+    "ImageSlot",
     "KVCache",
     "Phi3",
     "Phi3Config",
@@ -66,6 +68,7 @@ _HOMES = {
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
     "HFTokenizer": "tokenizer_hf",
+    "ImageSlot": "chat",
     "PHI3_CONTROL_IDS": "tokenizer_sp",
     "SentencePieceTokenizer": "tokenizer_sp",
     "CONTROL_TOKENS": "tokenizer_train",

@@ -1,0 +1,225 @@
+"""Named tensors that lie in files and are read one at a time, whole or by rows.
+
+A source is opened by its headers alone; a tensor's bytes are touched when it is read. Safetensors files come alone or
+as shards with an index (`*.safetensors.index.json`, whose `weight_map` says which file holds which tensor).
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import msgspec
+import torch
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import WeightsError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """Tensors by name, in files or anywhere else."""
+
+    @property
+    def where(self) -> str:
+        """Path or name, for messages."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's name, shape and dtype."""
+        ...
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Shaped[Tensor, "..."]:
+        """Return a tensor, or its rows [start, end) along the first axis; on the CPU."""
+        ...
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class SafetensorsFiles:
+    """A safetensors file, or a folder that holds one or a sharded set. Use as a context manager, or `close` it."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Open all headers.
+
+        Raises:
+            WeightsError: nothing there, several sets in one folder, shards that are missing or cut, or an index that
+                does not fit its shards; every fault is listed.
+        """
+        self._path = Path(path)
+        self._stack = ExitStack()
+        self._tensors: dict[str, TensorInfo] = {}
+        self._handles: dict[str, Any] = {}
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "SafetensorsFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._stack.close()
+
+    @property
+    def where(self) -> str:
+        """The path."""
+        return str(self._path)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's name, shape and dtype."""
+        return self._tensors
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Shaped[Tensor, "..."]:
+        """Return a tensor, or its rows [start, end) along the first axis; its memory is the mapped file's."""
+        handle = self._handles[name]
+        if rows is None:
+            return handle.get_tensor(name)
+        return handle.get_slice(name)[rows[0] : rows[1]]
+
+    def _open(self) -> None:
+        files, weight_map = self._files()
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise WeightsError(
+                f"weights {self._path}: expected {len(files)} shards, got {len(missing)} missing: "
+                f"{', '.join(missing)}; finish the download"
+            )
+        faults: list[str] = []
+        for file in files:
+            try:
+                handle: Any = self._stack.enter_context(safe_open(file, framework="pt"))
+                for name in handle.keys():  # noqa: SIM118
+                    part = handle.get_slice(name)
+                    self._tensors[name] = TensorInfo(tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
+                    self._handles[name] = handle
+                    if weight_map is not None and weight_map.get(name) != file.name:
+                        faults.append(f"{name}: in {file.name}, not where the index has it")
+            except (SafetensorError, OSError) as error:
+                faults.append(f"{file.name}: {error}")
+        if not faults and weight_map is not None:
+            faults += [f"{name}: in the index only" for name in weight_map.keys() - self._tensors.keys()]
+        if faults:
+            raise WeightsError(
+                f"weights {self._path}: expected whole safetensors files, got: {'; '.join(sorted(faults)[:20])}; "
+                "they are cut, damaged or of two downloads: fetch them again"
+            )
+
+    def _files(self) -> tuple[list[Path], dict[str, str] | None]:
+        """The files to open, and the index's weight map where there is an index."""
+        if self._path.is_file():
+            return self._indexed(self._path) if self._path.name.endswith(INDEX_SUFFIX) else ([self._path], None)
+        if not self._path.is_dir():
+            raise WeightsError(f"weights {self._path}: expected a file or folder, got nothing there; check the path")
+        indices = sorted(self._path.glob(f"*{INDEX_SUFFIX}"))
+        files = sorted(self._path.glob("*.safetensors"))
+        if len(indices) == 1:
+            return self._indexed(indices[0])
+        if len(indices) > 1 or len(files) != 1:
+            names = [file.name for file in indices + files]
+            raise WeightsError(
+                f"weights {self._path}: expected one safetensors file or one index of shards, got "
+                f"{', '.join(names) or 'neither'}; name the file or the index itself"
+            )
+        return files, None
+
+    def _indexed(self, index: Path) -> tuple[list[Path], dict[str, str]]:
+        try:
+            weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise WeightsError(f"weights {index}: expected an index with a weight_map, got: {error}") from error
+        names = sorted(set(weight_map.values()))
+        if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise WeightsError(f"weights {index}: expected plain safetensors file names, got {strange[:3]}")
+        return [index.parent / name for name in names], weight_map
+
+
+def _dtype(file: Path, name: str, dtype: str) -> torch.dtype:
+    if dtype not in _DTYPES:
+        raise WeightsError(f"weights {file}: {name}: expected one of {', '.join(_DTYPES)}, got {dtype}; convert it")
+    return _DTYPES[dtype]
+
+
+class TensorDict:
+    """Tensors that are in memory already, as a source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str = "tensors in memory") -> None:
+        self._held = dict(tensors)
+        self._where = where
+
+    @property
+    def where(self) -> str:
+        """The name it was given."""
+        return self._where
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's name, shape and dtype."""
+        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._held.items()}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Shaped[Tensor, "..."]:
+        """Return a tensor, or its rows [start, end) along the first axis."""
+        tensor = self._held[name]
+        return tensor if rows is None else tensor[rows[0] : rows[1]]
+
+
+def open_pickled(path: Path | str, *, prefix: str = "") -> TensorDict:
+    """Read a `.pt` file of tensors in plain containers: the one exception to safetensors, so ask the user first.
+
+    Only `weights_only=True` is used: a file that names any code is refused unread. Tensors of nested dicts whose keys
+    are not tensors' names (`model_state_dict`) are found under the first level that holds tensors; `prefix` is removed.
+
+    Raises:
+        WeightsError: the file holds anything but tensors and plain values, or no tensor.
+    """
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"weights {path}: expected a .pt file, got nothing there; check the path") from error
+    except Exception as error:
+        # torch raises whatever the bytes lead to: UnpicklingError, RuntimeError, EOFError, KeyError …
+        raise WeightsError(
+            f"weights {path}: expected tensors in plain containers, got {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}; nothing in it was run"
+        ) from error
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = [value for value in content.values() if isinstance(value, dict) and value]
+        content = inner[0] if inner else None
+    if not isinstance(content, dict):
+        raise WeightsError(f"weights {path}: expected named tensors, got none; is it a model's state?")
+    tensors = {str(name).removeprefix(prefix): value for name, value in content.items() if isinstance(value, Tensor)}
+    return TensorDict(tensors, str(path))

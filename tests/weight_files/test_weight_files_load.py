@@ -1,0 +1,121 @@
+"""Loads that are strict and whole, from files of other layouts."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weight_files import (
+    Piece,
+    SafetensorsFiles,
+    TensorDict,
+    WeightsError,
+    as_they_are,
+    load_tensors,
+    open_pickled,
+    plan_shards,
+    same_names,
+    shard_writers,
+    unique_tensors,
+)
+
+
+def tensors() -> dict[str, Tensor]:
+    return {"a": torch.arange(12.0).view(3, 4), "b": -torch.arange(8.0).view(2, 4), "s": torch.tensor(7.0)}
+
+
+def write_shards(folder: Path, max_shard_bytes: int = 48) -> None:
+    for name, write in shard_writers(as_they_are(tensors()), max_shard_bytes=max_shard_bytes).items():
+        write(folder / name)
+
+
+def test_pieces_are_stacked_sliced_and_transformed(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    target = torch.zeros(4, 4, dtype=torch.bfloat16)
+    scalar = torch.tensor(0.0)
+    recipes = {"x": [Piece("b"), Piece("a", rows=(1, 3), transform=lambda rows: rows.flip(0))], "y": [Piece("s")]}
+    with SafetensorsFiles(tmp_path) as source:
+        load_tensors(source, {"x": target, "y": scalar}, recipes)
+    assert target.tolist() == [[0, -1, -2, -3], [-4, -5, -6, -7], [8, 9, 10, 11], [4, 5, 6, 7]]
+    assert scalar.item() == 7
+
+
+def test_all_differences_are_listed_and_nothing_is_written() -> None:
+    kept, wrong = torch.zeros(3, 4), torch.zeros(5)
+    recipes = {"a": [Piece("a")], "b": [Piece("b")], "c": [Piece("gone")]}
+    with pytest.raises(WeightsError) as caught:
+        load_tensors(TensorDict(tensors()), {"a": kept, "b": wrong, "c": wrong}, recipes)
+    text = str(caught.value)
+    assert "missing (1): gone" in text
+    assert "unexpected (1): s" in text
+    assert "b: expected [5], got [2, 4]" in text
+    assert not kept.any()
+
+
+def test_allowed_missing_and_ignored_are_left(tmp_path: Path) -> None:
+    target = {"a": torch.zeros(3, 4), "new.weight": torch.ones(2)}
+    left = load_tensors(TensorDict(tensors()), target, {"a": [Piece("a")]}, ignored=["b", "s"], allow_missing=["new.*"])
+    assert left == ["new.weight"]
+    assert target["a"].equal(tensors()["a"])
+
+
+def test_a_tied_tensor_is_asked_for_once() -> None:
+    module = nn.Module()
+    module.first = nn.Parameter(torch.zeros(2))
+    module.second = module.first
+    assert list(unique_tensors(module)) == ["first"]
+    assert same_names(module, "x.") == {"first": [Piece("x.first")]}
+
+
+def test_shards_keep_order_and_size() -> None:
+    plan = plan_shards(as_they_are({str(k): torch.zeros(size) for k, size in enumerate((3, 1, 9, 2))}), 16)
+    assert [[tensor.name for tensor in shard] for shard in plan] == [["0", "1"], ["2"], ["3"]]
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut", "strange", "moved"])
+def test_damaged_shards_are_refused_by_name(tmp_path: Path, fault: str) -> None:
+    write_shards(tmp_path)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    if fault == "missing":
+        shards[1].unlink()
+    elif fault == "cut":
+        shards[1].write_bytes(shards[1].read_bytes()[:-3])
+    elif fault == "strange":
+        index = next(tmp_path.glob("*.json"))
+        index.write_text(index.read_text().replace(shards[1].name, f"../{shards[1].name}"))
+    else:
+        save_file({"b": torch.zeros(2, 4), "a": torch.zeros(3, 4)}, shards[1])
+    with pytest.raises(WeightsError, match=r"\.\./" if fault == "strange" else shards[1].name):
+        SafetensorsFiles(tmp_path)
+
+
+def test_a_folder_with_two_sets_or_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="neither"):
+        SafetensorsFiles(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
+    with pytest.raises(WeightsError, match=r"x\.safetensors, y\.safetensors"):
+        SafetensorsFiles(tmp_path)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("code ran",)
+
+
+def test_a_pickle_with_code_is_refused_unrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": torch.zeros(1), "bad": Payload()}, tmp_path / "bad.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload()))
+    for name in ("bad.pt", "plain.pt"):
+        with pytest.raises(WeightsError, match="nothing in it was run"):
+            open_pickled(tmp_path / name)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_a_pickled_state_is_found_inside_its_checkpoint(tmp_path: Path) -> None:
+    torch.save({"epoch": 1, "model_state_dict": {"module.a": torch.ones(2)}}, tmp_path / "train.pt")
+    source = open_pickled(tmp_path / "train.pt", prefix="module.")
+    assert source.read("a").tolist() == [1, 1]
