@@ -6,7 +6,6 @@ from msgspec.structs import replace
 
 from anyres_tiler.config import XGEN_MM_GRIDS, TilingConfig
 from blip3_lite.config import Blip3Config
-from lora_lite.config import LoraConfig
 from perceiver_resampler.config import ResamplerConfig
 from phi3_lite.config import Phi3Config
 from siglip_lite.config import SiglipVisionConfig
@@ -74,22 +73,18 @@ def interleaved_stage() -> StageConfig:
     return StageConfig(train=_train(420, 1.5e-3, 4e-3), max_tokens=1536, world_samples=8000)
 
 
-def _adapters() -> LoraConfig:
-    return LoraConfig(rank=16, alpha=32, targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
-
-
 def dpo_stage() -> StageConfig:
     """Preference pairs, adapters on the language model."""
     train = replace(_train(60, 1e-3, 1e-3), optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.0))
     return StageConfig(
-        train=train, objective="preference", trains=(), lora=_adapters(), max_tokens=2048, world_samples=1000
+        train=train, objective="preference", trains=(), use_lora=True, max_tokens=2048, world_samples=1000
     )
 
 
 def safety_stage() -> StageConfig:
     """Refusals, look-alikes and replay, adapters on the language model."""
     train = replace(_train(160, 3e-3, 3e-3), optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0))
-    return StageConfig(train=train, trains=(), lora=_adapters(), max_tokens=1536, world_samples=3500)
+    return StageConfig(train=train, trains=(), use_lora=True, max_tokens=1536, world_samples=3500)
 
 
 def demo() -> DemoRun:
