@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import WeightsError as WeightsError
+    from .pickled import open_pickled as open_pickled
     from .plan import Differences as Differences
     from .plan import Piece as Piece
     from .plan import Recipe as Recipe
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .source import TensorDict as TensorDict
     from .source import TensorInfo as TensorInfo
     from .source import TensorSource as TensorSource
-    from .source import open_pickled as open_pickled
 
 __all__ = [
     "Differences",
@@ -56,7 +56,7 @@ _HOMES = {
     "as_they_are": "shards",
     "compare_tensors": "plan",
     "load_tensors": "plan",
-    "open_pickled": "source",
+    "open_pickled": "pickled",
     "plan_shards": "shards",
     "same_names": "plan",
     "shard_writers": "shards",
