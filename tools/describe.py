@@ -20,7 +20,8 @@ import torch
 from blip3_lite import CheckpointError
 from blip3_lite.checkpoint import read_config
 from blip3_lite.model import undrawn_model
-from blip3_lite.xgen_mm import PUBLISHED_DTYPE, XgenKind, recipes, xgen_mm_config, xgen_mm_tensors
+from blip3_lite.presets import XgenKind, xgen_mm_config
+from blip3_lite.xgen_mm import PUBLISHED_DTYPE, recipes, xgen_mm_tensors
 from weight_files import Differences, SafetensorsFiles, TensorInfo, WeightsError, compare_tensors, same_names
 from weight_files import unique_tensors as own_tensors
 

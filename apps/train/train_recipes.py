@@ -10,6 +10,7 @@ from perceiver_resampler.config import ResamplerConfig
 from phi3_lite.config import Phi3Config
 from siglip_lite.config import SiglipVisionConfig
 from train_config import DemoRun, RunConfig, StageConfig, StageRun, WarmupConfig, WarmupRun
+from train_recipes_full import FULL_RECIPES
 from trainer_lite.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -112,4 +113,5 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "interleaved": _alone(interleaved_stage),
     "dpo": _alone(dpo_stage),
     "safety": _alone(safety_stage),
+    **FULL_RECIPES,
 }

@@ -34,7 +34,7 @@ from train_stages import (
     stage_trainer,
 )
 from train_vision import fit_warmup, warmup_trainer
-from train_world import stage_data, world_tokenizer
+from train_world import WORLD_STAGES, stage_data, world_tokenizer
 from trainer_lite import NonFiniteError, RunFolder, StopFlag, TqdmProgress
 
 _TOKENIZER_SAMPLES = 2000
@@ -132,6 +132,8 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
 
 def _stage_data(recipe: str, config: StageRun) -> StageData:
     if config.data is None:
+        if recipe not in WORLD_STAGES:
+            raise BadInputError(f"{recipe}: expected --data FILE, got none; the embedded world is for small models")
         return stage_data(recipe, config.stage.world_samples, config.stage.train.seed)
     data_file = load_data_file(config.data)
     ratios = [source.ratio for source in data_file.sources]

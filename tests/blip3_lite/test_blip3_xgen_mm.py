@@ -12,15 +12,8 @@ from anyres_tiler import TilingConfig, tile_image
 from blip3_lite import Blip3, Blip3Config, CheckpointError, Processor, collate, user_turn
 from blip3_lite.checkpoint import LoadedModel
 from blip3_lite.config import XGEN_MM_SYSTEM_PROMPT, CheckpointConfig
-from blip3_lite.xgen_mm import (
-    EXTRA_TOKENS,
-    detect_kind,
-    export_xgen_mm,
-    load_xgen_mm,
-    xgen_mm_config,
-    xgen_mm_tensors,
-    xgen_mm_tokenizer,
-)
+from blip3_lite.presets import EXTRA_TOKENS, xgen_mm_config
+from blip3_lite.xgen_mm import detect_kind, export_xgen_mm, load_xgen_mm, xgen_mm_tensors, xgen_mm_tokenizer
 from interleave_data import ImagePart, Sample, TextPart, Turn
 from perceiver_resampler import ResamplerConfig
 from phi3_lite import HFTokenizer, Phi3Config, train_tokenizer

@@ -16,17 +16,13 @@ Source: xGen-MM, arXiv:2408.08872, and its released weights `Salesforce/xgen-mm-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-from anyres_tiler.config import TilingConfig
-from perceiver_resampler.config import xgen_mm as xgen_mm_resampler
 from phi3_lite import HFTokenizer
-from phi3_lite.config import mini_4k
-from siglip_lite.presets import so400m_patch14_384
 from weight_files import (
     Piece,
     Recipe,
@@ -41,17 +37,13 @@ from weight_files import (
 )
 
 from .checkpoint import LoadedModel
-from .config import XGEN_MM_SYSTEM_PROMPT, Blip3Config, CheckpointConfig
+from .config import Blip3Config, CheckpointConfig
 from .folder import write_folder
 from .model import Blip3, undrawn_model
+from .presets import EXTRA_TOKENS, NUM_USED_ROWS, PAD_TOKEN, XgenKind, xgen_mm_config
 from .processor import Processor
 
-XgenKind = Literal["base", "singleimg", "interleave", "dpo"]
 PREFIX = "vlm."
-EXTRA_TOKENS = ("<image>", "<image placeholder>", "<|endofchunk|>")
-PAD_TOKEN = "<pad>"
-NUM_USED_ROWS = 32_012
-"""Rows of the released tables that ids reach: Phi-3's tokens and `<pad>`; the extra tokens come behind."""
 _ROW_MULTIPLE = 64
 PUBLISHED_DTYPE: dict[XgenKind, torch.dtype] = {
     "base": torch.float32,
@@ -65,30 +57,6 @@ _EXTRA: dict[str, str] = {
     "lang_model.lm_head.bias": "lang_model.lm_head.additional_fc.bias",
 }
 """Tensors with extra rows → where a release keeps them."""
-
-
-def xgen_mm_config(kind: XgenKind) -> Blip3Config:
-    """The full-size model of a release (4.4 B parameters)."""
-    lm = msgspec.structs.replace(mini_4k(), vocab_size=NUM_USED_ROWS + len(EXTRA_TOKENS), has_head_bias=True)
-    vision, connector = so400m_patch14_384().vision, xgen_mm_resampler()
-    if kind == "base":
-        return Blip3Config(
-            vision=vision,
-            connector=connector,
-            lm=lm,
-            tiling=TilingConfig(kind="base"),
-            masks_padding_in_vision=False,
-        )
-    return Blip3Config(
-        vision=vision,
-        connector=connector,
-        lm=lm,
-        tiling=TilingConfig(),
-        masks_padding_in_vision=False,
-        tile_grouping="bands",
-        system_prompt=XGEN_MM_SYSTEM_PROMPT,
-        image_separator="\n",
-    )
 
 
 def recipes(cfg: Blip3Config, names: Sequence[str], prefix: str = PREFIX) -> dict[str, Recipe]:
