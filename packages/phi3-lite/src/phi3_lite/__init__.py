@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .cache import KVCache as KVCache
     from .chat import IMAGE as IMAGE
+    from .chat import SMOLLM2_SYSTEM as SMOLLM2_SYSTEM
+    from .chat import ChatKind as ChatKind
     from .chat import ChatTemplate as ChatTemplate
     from .chat import ChatTurn as ChatTurn
     from .chat import EncodedChat as EncodedChat
     from .chat import ImageSlot as ImageSlot
+    from .config import GenerationDefaults as GenerationDefaults
     from .config import Phi3Config as Phi3Config
     from .config import SamplingConfig as SamplingConfig
     from .config import mini_4k as mini_4k
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
     from .sampling import choose_tokens as choose_tokens
     from .sampling import collect as collect
     from .sampling import generate as generate
+    from .sampling import penalise_repeats as penalise_repeats
+    from .stop_text import StopCutter as StopCutter
+    from .stop_text import StopTexts as StopTexts
+    from .stop_text import cut_at_stop as cut_at_stop
     from .tokenizer import StreamDecoder as StreamDecoder
     from .tokenizer import Tokenizer as Tokenizer
     from .tokenizer_hf import HFTokenizer as HFTokenizer
@@ -31,9 +38,12 @@ __all__ = [
     "FINISHED",
     "IMAGE",
     "PHI3_CONTROL_IDS",
+    "SMOLLM2_SYSTEM",
+    "ChatKind",
     "ChatTemplate",
     "ChatTurn",
     "EncodedChat",
+    "GenerationDefaults",
     "GenerationStep",
     "HFTokenizer",
     "ImageSlot",
@@ -42,20 +52,27 @@ __all__ = [
     "Phi3Config",
     "SamplingConfig",
     "SentencePieceTokenizer",
+    "StopCutter",
+    "StopTexts",
     "StreamDecoder",
     "Tokenizer",
     "choose_tokens",
     "collect",
+    "cut_at_stop",
     "generate",
     "mini_4k",
+    "penalise_repeats",
     "train_tokenizer",
 ]
 _HOMES = {
     "KVCache": "cache",
+    "ChatKind": "chat",
     "ChatTemplate": "chat",
     "ChatTurn": "chat",
     "EncodedChat": "chat",
     "IMAGE": "chat",
+    "SMOLLM2_SYSTEM": "chat",
+    "GenerationDefaults": "config",
     "Phi3Config": "config",
     "SamplingConfig": "config",
     "mini_4k": "config",
@@ -65,6 +82,10 @@ _HOMES = {
     "choose_tokens": "sampling",
     "collect": "sampling",
     "generate": "sampling",
+    "penalise_repeats": "sampling",
+    "StopCutter": "stop_text",
+    "StopTexts": "stop_text",
+    "cut_at_stop": "stop_text",
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
     "HFTokenizer": "tokenizer_hf",
