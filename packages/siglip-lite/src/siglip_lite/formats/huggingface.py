@@ -1,8 +1,4 @@
-"""Hugging Face's folders: config.json, preprocessor_config.json, and safetensors under our own names.
-
-The defaults of an absent field are those of transformers' config classes at 5.23.0, which are the sizes of
-`google/siglip-base-patch16-224`; published config files leave them out.
-"""
+"""Hugging Face's folders: config.json, preprocessor_config.json, and safetensors under our own names."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -21,46 +17,20 @@ from ..text import SiglipText
 from ..tokenizer import SiglipTokenizer
 from ..vision import SiglipVision
 from .folder import TEXT, VISION, PublishedFolder, read_json, require
+from .huggingface_config import (
+    PairFields,
+    TextFields,
+    VisionFields,
+    text_config,
+    text_fields,
+    vision_config,
+    vision_fields,
+)
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 _WEIGHTS = "model.safetensors"
-_ACTIVATION = "gelu_pytorch_tanh"
 _BICUBIC = 3
-
-
-class _VisionFields(msgspec.Struct):
-    model_type: str = "siglip_vision_model"
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int | list[int] = 224
-    patch_size: int | list[int] = 16
-    hidden_act: str = _ACTIVATION
-    layer_norm_eps: float = 1e-6
-    attention_dropout: float = 0.0
-    vision_use_head: bool = True
-
-
-class _TextFields(msgspec.Struct):
-    model_type: str = "siglip_text_model"
-    vocab_size: int = 32000
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 64
-    hidden_act: str = _ACTIVATION
-    layer_norm_eps: float = 1e-6
-    attention_dropout: float = 0.0
-    projection_size: int | None = None
-
-
-class _PairFields(msgspec.Struct):
-    text_config: _TextFields | None = None
-    vision_config: _VisionFields | None = None
 
 
 class _Head(msgspec.Struct):
@@ -92,13 +62,13 @@ def read_huggingface(folder: Path) -> PublishedFolder:
     require(str(path), {"quantization_config": (head.quantization_config, None)})
     vision, text = None, None
     if head.model_type == "siglip":
-        pair = read_json(path, _PairFields)
-        vision = _vision_config(str(path), pair.vision_config or _VisionFields(), "vision_config.")
-        text = _text_config(str(path), pair.text_config or _TextFields(), "text_config.")
+        pair = read_json(path, PairFields)
+        vision = vision_config(str(path), pair.vision_config or VisionFields(), "vision_config.")
+        text = text_config(str(path), pair.text_config or TextFields(), "text_config.")
     elif head.model_type == "siglip_vision_model":
-        vision = _vision_config(str(path), read_json(path, _VisionFields))
+        vision = vision_config(str(path), read_json(path, VisionFields))
     elif head.model_type == "siglip_text_model":
-        text = _text_config(str(path), read_json(path, _TextFields))
+        text = text_config(str(path), read_json(path, TextFields))
     else:
         raise WeightsError(
             f"{path}: expected model_type siglip, siglip_vision_model or siglip_text_model, got {head.model_type}; "
@@ -154,61 +124,6 @@ def save_huggingface(
         write(folder / name)
 
 
-def _vision_config(where: str, fields: _VisionFields, prefix: str = "") -> SiglipVisionConfig:
-    image_px, patch_px = _side(fields.image_size), _side(fields.patch_size)
-    require(
-        where,
-        {
-            f"{prefix}model_type": (fields.model_type, "siglip_vision_model"),
-            f"{prefix}hidden_act": (fields.hidden_act, _ACTIVATION),
-            f"{prefix}num_channels": (fields.num_channels, 3),
-            f"{prefix}attention_dropout": (fields.attention_dropout, 0.0),
-            # None stands for sides that differ; then this is never equal.
-            f"{prefix}image_size": (fields.image_size if image_px is None else "square", "square"),
-            f"{prefix}patch_size": (fields.patch_size if patch_px is None else "square", "square"),
-        },
-    )
-    assert image_px is not None
-    assert patch_px is not None
-    return SiglipVisionConfig(
-        image_px=image_px,
-        patch_px=patch_px,
-        width=fields.hidden_size,
-        num_layers=fields.num_hidden_layers,
-        num_heads=fields.num_attention_heads,
-        mlp_width=fields.intermediate_size,
-        layer_norm_eps=fields.layer_norm_eps,
-        use_head=fields.vision_use_head,
-    )
-
-
-def _text_config(where: str, fields: _TextFields, prefix: str = "") -> SiglipTextConfig:
-    require(
-        where,
-        {
-            f"{prefix}model_type": (fields.model_type, "siglip_text_model"),
-            f"{prefix}hidden_act": (fields.hidden_act, _ACTIVATION),
-            f"{prefix}attention_dropout": (fields.attention_dropout, 0.0),
-        },
-    )
-    return SiglipTextConfig(
-        vocab_size=fields.vocab_size,
-        max_tokens=fields.max_position_embeddings,
-        width=fields.hidden_size,
-        num_layers=fields.num_hidden_layers,
-        num_heads=fields.num_attention_heads,
-        mlp_width=fields.intermediate_size,
-        dim_out=fields.hidden_size if fields.projection_size is None else fields.projection_size,
-        layer_norm_eps=fields.layer_norm_eps,
-    )
-
-
-def _side(size: int | list[int]) -> int | None:
-    """Return the side of a square that is given by one number or two; None where it is no square."""
-    sides = {size} if isinstance(size, int) else set(size)
-    return sides.pop() if len(sides) == 1 else None
-
-
 def _require_own_normalisation(path: Path) -> None:
     """Raise WeightsError where the images of a checkpoint are not scaled as `normalise` scales them."""
     said = read_json(path, _Preprocessor)
@@ -257,49 +172,17 @@ def _config_to_save(
     # The older of two names for the dtype, which both old and new releases of transformers read.
     stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
     if isinstance(model, SiglipVision):
-        return {"architectures": ["SiglipVisionModel"], **_vision_to_save(model.cfg), **stored}
+        return {"architectures": ["SiglipVisionModel"], **vision_fields(model.cfg), **stored}
     if isinstance(model, SiglipText):
-        return {"architectures": ["SiglipTextModel"], **_text_to_save(model.cfg, tokenizer), **stored}
+        return {"architectures": ["SiglipTextModel"], **text_fields(model.cfg, tokenizer), **stored}
     return {
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
         "initializer_factor": 1.0,
-        "text_config": _text_to_save(model.text_model.cfg, tokenizer),
-        "vision_config": _vision_to_save(model.vision_model.cfg),
+        "text_config": text_fields(model.text_model.cfg, tokenizer),
+        "vision_config": vision_fields(model.vision_model.cfg),
         **stored,
     }
-
-
-def _vision_to_save(cfg: SiglipVisionConfig) -> dict[str, Any]:
-    if cfg.stem != "patch":
-        raise ValueError(f"SiglipVisionConfig.stem: expected patch, got {cfg.stem}; no other has a published form")
-    fields = _VisionFields(
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp_width,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        image_size=cfg.image_px,
-        patch_size=cfg.patch_px,
-        layer_norm_eps=cfg.layer_norm_eps,
-        vision_use_head=cfg.use_head,
-    )
-    return msgspec.structs.asdict(fields)
-
-
-def _text_to_save(cfg: SiglipTextConfig, tokenizer: SiglipTokenizer | None) -> dict[str, Any]:
-    fields = _TextFields(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp_width,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads,
-        max_position_embeddings=cfg.max_tokens,
-        layer_norm_eps=cfg.layer_norm_eps,
-        projection_size=cfg.dim_out,
-    )
-    # Nothing computes with these ids; transformers' defaults lie beyond the vocabulary, of which it warns.
-    pad, end = (1, 1) if tokenizer is None else (tokenizer.pad_id, tokenizer.end_id)
-    return {**msgspec.structs.asdict(fields), "pad_token_id": pad, "bos_token_id": end, "eos_token_id": end}
 
 
 def _preprocessor_to_save(cfg: SiglipVisionConfig) -> dict[str, Any]:
