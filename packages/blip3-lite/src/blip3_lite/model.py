@@ -77,4 +77,4 @@ class Blip3(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.lang_model.head_weight.device
+        return self.lang_model.model.norm.weight.device

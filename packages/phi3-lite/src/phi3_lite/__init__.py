@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .config import SamplingConfig as SamplingConfig
     from .config import mini_4k as mini_4k
     from .model import Phi3 as Phi3
+    from .quantised import QuantisedLinear as QuantisedLinear
+    from .quantised import load_targets as load_targets
+    from .quantised import quantise_linears as quantise_linears
     from .sampling import FINISHED as FINISHED
     from .sampling import GenerationStep as GenerationStep
     from .sampling import choose_tokens as choose_tokens
@@ -38,6 +41,7 @@ __all__ = [
     "KVCache",
     "Phi3",
     "Phi3Config",
+    "QuantisedLinear",
     "SamplingConfig",
     "SentencePieceTokenizer",
     "StreamDecoder",
@@ -45,7 +49,9 @@ __all__ = [
     "choose_tokens",
     "collect",
     "generate",
+    "load_targets",
     "mini_4k",
+    "quantise_linears",
     "train_tokenizer",
 ]
 _HOMES = {
@@ -58,6 +64,9 @@ _HOMES = {
     "SamplingConfig": "config",
     "mini_4k": "config",
     "Phi3": "model",
+    "QuantisedLinear": "quantised",
+    "load_targets": "quantised",
+    "quantise_linears": "quantised",
     "FINISHED": "sampling",
     "GenerationStep": "sampling",
     "choose_tokens": "sampling",
