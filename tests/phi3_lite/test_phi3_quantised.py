@@ -94,9 +94,8 @@ def test_rows_written_in_pieces_are_those_written_at_once(layer, lengths):
         pieces.write(start, weight[start : start + length].bfloat16().float())
         pieces.write(start, weight[start : start + length])
         start += length
-    assert torch.equal(pieces.dequantised(), whole.dequantised())
-    assert torch.equal(pieces(torch.ones(1, 40)), whole(torch.ones(1, 40)))
-    assert not pieces.scales.isnan().any()
+    assert torch.equal(pieces.codes, whole.codes)
+    assert torch.equal(pieces.scales, whole.scales)
 
 
 @pytest.mark.parametrize("kind", KINDS)

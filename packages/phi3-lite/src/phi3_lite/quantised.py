@@ -156,11 +156,13 @@ class Int4Linear(QuantisedLinear):
             whole = unpack_int4(self.codes[first:last])
             offset = start - first * self.block
             whole[offset : offset + len(rows)] = codes.to(whole.device)
+            if end == self.out_features:
+                whole[offset + len(rows) :] = 0
             codes = whole
         self.codes[first:last] = pack_int4(codes, self.block).to(self.codes.device)
         self.scales[:, start:end] = scales.to(self.scales.device)
         if end == self.out_features:
-            # Rows of the last block that are none of the matrix: memory that is not initialised may hold NaN.
+            # Rows of the last block that are none of the matrix; memory that is not initialised holds anything.
             self.scales[:, end:] = 0
 
     def dequantised(self) -> Float[Tensor, "n d"]:
