@@ -39,7 +39,7 @@ class Blip3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     chat: Literal["phi3", "chatml", "plain"] = "phi3"
     """The format of conversations (see `phi3_lite.ChatTemplate`)."""
     has_leading_space: bool = True
-    """Whether text behind a marker or image gets the tokenizer's leading space; that of the released models does not."""
+    """Whether text behind a marker or image gets the tokenizer's leading space; not with the released models."""
     system_prompt: str | None = None
     """Put before a conversation that has no system turn; None for none."""
     image_separator: str = ""

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .config import SamplingConfig as SamplingConfig
     from .config import mini_4k as mini_4k
     from .model import Phi3 as Phi3
+    from .quantised import QuantisedLinear as QuantisedLinear
+    from .quantised import load_targets as load_targets
+    from .quantised import quantise_linears as quantise_linears
     from .sampling import FINISHED as FINISHED
     from .sampling import GenerationStep as GenerationStep
     from .sampling import choose_tokens as choose_tokens
@@ -50,6 +53,7 @@ __all__ = [
     "KVCache",
     "Phi3",
     "Phi3Config",
+    "QuantisedLinear",
     "SamplingConfig",
     "SentencePieceTokenizer",
     "StopCutter",
@@ -60,8 +64,10 @@ __all__ = [
     "collect",
     "cut_at_stop",
     "generate",
+    "load_targets",
     "mini_4k",
     "penalise_repeats",
+    "quantise_linears",
     "train_tokenizer",
 ]
 _HOMES = {
@@ -77,6 +83,9 @@ _HOMES = {
     "SamplingConfig": "config",
     "mini_4k": "config",
     "Phi3": "model",
+    "QuantisedLinear": "quantised",
+    "load_targets": "quantised",
+    "quantise_linears": "quantised",
     "FINISHED": "sampling",
     "GenerationStep": "sampling",
     "choose_tokens": "sampling",
