@@ -10,11 +10,15 @@ if TYPE_CHECKING:
     from .chat import ChatTemplate as ChatTemplate
     from .chat import ChatTurn as ChatTurn
     from .chat import EncodedChat as EncodedChat
+    from .chat import ImageSlot as ImageSlot
     from .config import GenerationDefaults as GenerationDefaults
     from .config import Phi3Config as Phi3Config
     from .config import SamplingConfig as SamplingConfig
     from .config import mini_4k as mini_4k
     from .model import Phi3 as Phi3
+    from .quantised import QuantisedLinear as QuantisedLinear
+    from .quantised import load_targets as load_targets
+    from .quantised import quantise_linears as quantise_linears
     from .sampling import FINISHED as FINISHED
     from .sampling import GenerationStep as GenerationStep
     from .sampling import choose_tokens as choose_tokens
@@ -45,9 +49,11 @@ __all__ = [
     "GenerationDefaults",
     "GenerationStep",
     "HFTokenizer",
+    "ImageSlot",
     "KVCache",
     "Phi3",
     "Phi3Config",
+    "QuantisedLinear",
     "SamplingConfig",
     "SentencePieceTokenizer",
     "StopCutter",
@@ -58,8 +64,10 @@ __all__ = [
     "collect",
     "cut_at_stop",
     "generate",
+    "load_targets",
     "mini_4k",
     "penalise_repeats",
+    "quantise_linears",
     "train_tokenizer",
 ]
 _HOMES = {
@@ -75,6 +83,9 @@ _HOMES = {
     "SamplingConfig": "config",
     "mini_4k": "config",
     "Phi3": "model",
+    "QuantisedLinear": "quantised",
+    "load_targets": "quantised",
+    "quantise_linears": "quantised",
     "FINISHED": "sampling",
     "GenerationStep": "sampling",
     "choose_tokens": "sampling",
@@ -87,6 +98,7 @@ _HOMES = {
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
     "HFTokenizer": "tokenizer_hf",
+    "ImageSlot": "chat",
     "PHI3_CONTROL_IDS": "tokenizer_sp",
     "SentencePieceTokenizer": "tokenizer_sp",
     "CONTROL_TOKENS": "tokenizer_train",
