@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .chat import ChatTemplate as ChatTemplate
     from .chat import ChatTurn as ChatTurn
     from .chat import EncodedChat as EncodedChat
+    from .config import GenerationDefaults as GenerationDefaults
     from .config import Phi3Config as Phi3Config
     from .config import SamplingConfig as SamplingConfig
     from .config import mini_4k as mini_4k
@@ -33,6 +34,7 @@ __all__ = [
     "ChatTemplate",
     "ChatTurn",
     "EncodedChat",
+    "GenerationDefaults",
     "GenerationStep",
     "HFTokenizer",
     "KVCache",
@@ -54,6 +56,7 @@ _HOMES = {
     "ChatTurn": "chat",
     "EncodedChat": "chat",
     "IMAGE": "chat",
+    "GenerationDefaults": "config",
     "Phi3Config": "config",
     "SamplingConfig": "config",
     "mini_4k": "config",

@@ -122,6 +122,8 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Divides the logits before sampling; 0 takes the most likely token (greedy)."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together hold this probability (nucleus); 1 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides (or multiplies, where negative) the logits of tokens already seen; 1 leaves them."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -134,3 +136,13 @@ class SamplingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             0 < self.top_p <= 1,
             "SamplingConfig.top_p", "above 0 and at most 1", self.top_p, "1 keeps every token",
         )  # fmt: skip
+        _require_positive(self, ("repetition_penalty",))
+
+
+class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a published model is meant to be sampled."""
+
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How the next token is chosen."""
