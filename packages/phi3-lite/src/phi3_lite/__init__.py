@@ -9,9 +9,13 @@ if TYPE_CHECKING:
     from .chat import ChatTurn as ChatTurn
     from .chat import EncodedChat as EncodedChat
     from .config import GenerationDefaults as GenerationDefaults
+    from .config import LongRope as LongRope
     from .config import Phi3Config as Phi3Config
     from .config import SamplingConfig as SamplingConfig
     from .config import mini_4k as mini_4k
+    from .config import mini_128k as mini_128k
+    from .config import phi4_mini as phi4_mini
+    from .config import phi35_mini as phi35_mini
     from .model import Phi3 as Phi3
     from .sampling import FINISHED as FINISHED
     from .sampling import GenerationStep as GenerationStep
@@ -38,6 +42,7 @@ __all__ = [
     "GenerationStep",
     "HFTokenizer",
     "KVCache",
+    "LongRope",
     "Phi3",
     "Phi3Config",
     "SamplingConfig",
@@ -48,6 +53,9 @@ __all__ = [
     "collect",
     "generate",
     "mini_4k",
+    "mini_128k",
+    "phi4_mini",
+    "phi35_mini",
     "train_tokenizer",
 ]
 _HOMES = {
@@ -57,9 +65,13 @@ _HOMES = {
     "EncodedChat": "chat",
     "IMAGE": "chat",
     "GenerationDefaults": "config",
+    "LongRope": "config",
     "Phi3Config": "config",
     "SamplingConfig": "config",
+    "mini_128k": "config",
     "mini_4k": "config",
+    "phi35_mini": "config",
+    "phi4_mini": "config",
     "Phi3": "model",
     "FINISHED": "sampling",
     "GenerationStep": "sampling",
