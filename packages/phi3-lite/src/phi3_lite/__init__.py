@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .config import mini_128k as mini_128k
     from .config import phi4_mini as phi4_mini
     from .config import phi35_mini as phi35_mini
+    from .formats.huggingface import save_huggingface as save_huggingface
+    from .formats.loading import LoadedLM as LoadedLM
+    from .formats.loading import load_lm as load_lm
     from .model import Phi3 as Phi3
     from .sampling import FINISHED as FINISHED
     from .sampling import GenerationStep as GenerationStep
@@ -42,6 +45,7 @@ __all__ = [
     "GenerationStep",
     "HFTokenizer",
     "KVCache",
+    "LoadedLM",
     "LongRope",
     "Phi3",
     "Phi3Config",
@@ -52,10 +56,12 @@ __all__ = [
     "choose_tokens",
     "collect",
     "generate",
+    "load_lm",
     "mini_4k",
     "mini_128k",
     "phi4_mini",
     "phi35_mini",
+    "save_huggingface",
     "train_tokenizer",
 ]
 _HOMES = {
@@ -72,6 +78,9 @@ _HOMES = {
     "mini_4k": "config",
     "phi35_mini": "config",
     "phi4_mini": "config",
+    "save_huggingface": "formats.huggingface",
+    "LoadedLM": "formats.loading",
+    "load_lm": "formats.loading",
     "Phi3": "model",
     "FINISHED": "sampling",
     "GenerationStep": "sampling",

@@ -170,9 +170,8 @@ def mini_4k() -> Phi3Config:
 def mini_128k(long_rope: LongRope) -> Phi3Config:
     """Return Phi-3-mini-128k (3.8 B parameters), with the factors of the checkpoint's config.json.
 
-    As published, its window is longer than its longest sequence, hence never felt. The values of this preset and the next
-    two are those of copies of config.json in public repositories, not checked against the originals; the number of
-    parameters of each is.
+    As published, its window is longer than its longest sequence, hence never felt. This preset and the next two have
+    the values of copies of config.json in public repositories; the originals could not be looked at.
     """
     return msgspec.structs.replace(mini_4k(), max_positions=131_072, sliding_window=262_144, long_rope=long_rope)
 

@@ -14,7 +14,7 @@ computes the same whatever stands beside it (transformers goes by the longest of
 row that outgrows the original window is filled again by the very `step` or `prefill` that takes it there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from itertools import pairwise
 
@@ -198,11 +198,13 @@ class Phi3(nn.Module):
         self.reset_parameters(generator)
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew: normal matrices, norms at 1, bias at 0. Meta tensors stay."""
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, *, names: Collection[str] | None = None
+    ) -> None:
+        """Draw all weights anew, or those of these names: normal matrices, norms at 1, bias at 0. Meta tensors stay."""
         residual_std = self.cfg.init_std if self.cfg.residual_init_std is None else self.cfg.residual_init_std
         for name, weight in self.named_parameters():
-            if weight.is_meta:
+            if weight.is_meta or (names is not None and name not in names):
                 continue
             if weight.ndim == 1:
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -1,0 +1,1 @@
+"""Published formats, in and out; the model itself knows none of them."""
