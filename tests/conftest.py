@@ -85,3 +85,60 @@ def tiny_processor(tiny_config, tiny_tokenizer):
     from blip3_lite import Processor
 
     return Processor(tiny_config, tiny_tokenizer)
+
+
+@pytest.fixture
+def write_gguf(tmp_path: Path):
+    """(metadata, tensors, name) → a GGUF file by the format's own writer.
+
+    Metadata values are written by their Python types; a tensor is an array, or (raw bytes of its blocks, type).
+    """
+    from gguf import GGUFWriter
+
+    def write(metadata: dict, tensors: dict, name: str = "tiny.gguf") -> Path:
+        path = tmp_path / name
+        metadata = dict(metadata)
+        writer = GGUFWriter(path, metadata.pop("general.architecture"))
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        for key, value in metadata.items():
+            (writer.add_array if isinstance(value, list) else add[type(value)])(key, value)
+        for key, value in tensors.items():
+            array, kind = value if isinstance(value, tuple) else (value, None)
+            writer.add_tensor(key, array, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def gguf_metadata():
+    """(architecture, sizes) → metadata of a model with a byte-level tokenizer of SmolLM2's kind."""
+    from tokenizers import pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = ["Ġ Ġ", "Ċ Ċ", "u s", "us e", "use r", "h e", "l l", "he ll", "hell o", "Ġ hello", "1 2"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
+
+    def metadata(arch: str, **sizes: int | float) -> dict:
+        names = {
+            "width": "embedding_length", "num_layers": "block_count", "num_heads": "attention.head_count",
+            "num_kv_heads": "attention.head_count_kv", "mlp_width": "feed_forward_length",
+            "max_positions": "context_length", "rope_theta": "rope.freq_base", "rotary_dim": "rope.dimension_count",
+            "norm_eps": "attention.layer_norm_rms_epsilon", "sliding_window": "attention.sliding_window",
+        }  # fmt: skip
+        return {
+            "general.architecture": arch,
+            **{f"{arch}.{names[name]}": value for name, value in sizes.items()},
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "smollm",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [3] * len(special) + [1] * (len(tokens) - len(special)),
+            "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+
+    return metadata

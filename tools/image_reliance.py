@@ -6,36 +6,81 @@
 
 `split` picks questions that are asked of several images with different answers, so that the text alone cannot give the
 answer. In `right.json` each stands with its image; in `shuffled.json` each stands once with every image of the set, so
-that the image says nothing. `compare` asks held-out questions with the right image and with another question's, and
-prints the difference in accuracy, question by question, with its 95 % interval.
+that the image says nothing. `compare` asks held-out questions with the right image and with a different one, and prints
+the difference in accuracy, question by question, with its 95 % interval. Both leave out records that are bad or show no
+image or several, and say how many.
 """
 
 import argparse
 import json
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 from tqdm import tqdm
 
 from blip3_lite import load_model
 from eval_lite import EvalItem, predict
-from interleave_data import ImagePart, LlavaJson, Sample, TextPart, Turn
+from interleave_data import ImageLimits, ImagePart, LlavaJson, Sample, SkipSample, TextPart, Turn, open_image
 from vlm_metrics import exact_match, paired_difference
 
 Row = tuple[str, str, str]
 """(image, question, answer)"""
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Every question of a LLaVA JSON file with its image and answer."""
+def usable_samples(
+    source: LlavaJson, name_image: Callable[[ImagePart], str]
+) -> tuple[list[tuple[Sample, str]], Counter[str]]:
+    """Each sample that shows exactly one image, with the image's name; and how many were left out, by reason.
+
+    `name_image` may raise `SkipSample`.
+    """
+    found: list[tuple[Sample, str]] = []
+    left_out: Counter[str] = Counter()
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            images = sample.images()
+            if len(images) == 1:
+                found.append((sample, name_image(images[0])))
+            else:
+                left_out["several images" if images else "no image"] += 1
+        except SkipSample as skip:
+            left_out[skip.reason.value] += 1
+    return found, left_out
+
+
+def image_digest(image: ImagePart, limits: ImageLimits) -> str:
+    """Digest of the image's bytes.
+
+    Raises:
+        SkipSample: it cannot be read or decoded.
+    """
+    data = image.read(limits.max_bytes)
+    open_image(data, limits)
+    return sha256(data).hexdigest()
+
+
+def _print_left_out(left_out: Counter[str], num_records: int) -> None:
+    if left_out:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
+        print(f"left out  {left_out.total()} of {num_records} records: {reasons}")
+
+
+def _text(turn: Turn) -> str:
+    return "".join(part.text for part in turn.parts if isinstance(part, TextPart))
+
+
+def question_rows(samples: Sequence[tuple[Sample, str]]) -> list[Row]:
+    """Every question with its image and answer."""
     rows: list[Row] = []
-    for record in json.loads(path.read_text()):
-        talk = record["conversations"]
+    for sample, image in samples:
+        talk = [turn for turn in sample.turns if turn.role != "system"]
         for asked, answered in zip(talk[::2], talk[1::2], strict=True):
-            rows.append((record["image"], asked["value"].replace("<image>", "").strip(), answered["value"]))
+            rows.append((image, _text(asked).strip(), _text(answered)))
     return rows
 
 
@@ -43,8 +88,10 @@ def ambiguous_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """`count` rows, each with an image of its own, whose question occurs with at least two answers among them.
 
     Raises:
-        ValueError: the file has too few.
+        ValueError: there are too few, or `count` is below 2.
     """
+    if count < 2:
+        raise ValueError(f"questions: expected at least 2, as one alone has one answer, got {count}; ask for more")
     by_question: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_question[row[1]].append(row)
@@ -54,11 +101,19 @@ def ambiguous_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     taken: set[str] = set()
     for group in groups:
         by_answer = {row[2]: row for row in group if row[0] not in taken}
-        if len({row[0] for row in by_answer.values()}) == len(by_answer) > 1:
-            chosen += by_answer.values()
-            taken |= {row[0] for row in by_answer.values()}
-        if len(chosen) >= count:
-            return chosen[:count]
+        if len({row[0] for row in by_answer.values()}) < len(by_answer):
+            continue
+        room = count - len(chosen)
+        fitting = list(by_answer.values())[:room]
+        if room - len(fitting) == 1 and len(fitting) > 2:
+            # Leaves room for two: a place for one is a place for none.
+            fitting.pop()
+        # The text of a question that stands once gives its answer away.
+        if len(fitting) > 1:
+            chosen += fitting
+            taken |= {row[0] for row in fitting}
+        if len(chosen) == count:
+            return chosen
     raise ValueError(f"questions: expected {count} with several answers, got {len(chosen)}; ask for fewer")
 
 
@@ -70,7 +125,10 @@ def llava_record(name: str, row: Row, image: str) -> dict[str, object]:
 
 def split(args: argparse.Namespace) -> None:
     """Write right.json, shuffled.json and their data files."""
-    rows = ambiguous_rows(read_rows(args.file), args.num, args.seed)
+    source = LlavaJson(args.file, image_root=args.image_root)
+    samples, left_out = usable_samples(source, lambda image: image.key)
+    _print_left_out(left_out, len(source))
+    rows = ambiguous_rows(question_rows(samples), args.num, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     records = {
         "right": [llava_record(f"{index}", row, row[0]) for index, row in enumerate(rows)],
@@ -94,21 +152,34 @@ def _item(sample: Sample, image: ImagePart) -> EvalItem:
     for turn in sample.turns[:-1]:
         parts = tuple(image if isinstance(part, ImagePart) else part for part in turn.parts)
         turns.append(Turn(role=turn.role, parts=parts))
-    answer = "".join(part.text for part in sample.turns[-1].parts if isinstance(part, TextPart))
-    return EvalItem(group="all", prompt=replace(sample, turns=tuple(turns)), answer=answer)
+    return EvalItem(group="all", prompt=replace(sample, turns=tuple(turns)), answer=_text(sample.turns[-1]))
+
+
+def other_images(samples: Sequence[tuple[Sample, str]], seed: int) -> list[ImagePart]:
+    """For each sample an image of another name: the different ones stand in a circle, and each takes the next.
+
+    Raises:
+        ValueError: all samples show the same image.
+    """
+    images = {name: sample.images()[0] for sample, name in samples}
+    circle = sorted(images)
+    if len(circle) < 2:
+        raise ValueError(f"images: expected at least two different ones, got {len(circle)}; give a larger file")
+    random.Random(seed).shuffle(circle)
+    after = dict(zip(circle, [*circle[1:], circle[0]], strict=True))
+    return [images[after[name]] for _, name in samples]
 
 
 def compare(args: argparse.Namespace) -> None:
     """Print accuracy with right and with shuffled images, and their paired difference."""
     loaded = load_model(args.checkpoint)
     source = LlavaJson(args.file, image_root=args.image_root)
-    samples = [sample for sample in (source[index] for index in range(len(source))) if isinstance(sample, Sample)]
-    images = [sample.images()[0] for sample in samples]
-    others = list(images)
-    random.Random(args.seed).shuffle(others)
+    samples, left_out = usable_samples(source, lambda image: image_digest(image, loaded.processor.limits))
+    _print_left_out(left_out, len(source))
+    others = other_images(samples, args.seed)
     correct: dict[str, list[bool]] = {}
-    for name, pictures in (("right", images), ("shuffled", others)):
-        items = [_item(sample, picture) for sample, picture in zip(samples, pictures, strict=True)]
+    for name, pictures in (("right", [sample.images()[0] for sample, _ in samples]), ("shuffled", others)):
+        items = [_item(sample, picture) for (sample, _), picture in zip(samples, pictures, strict=True)]
         with tqdm(total=len(items), desc=name, unit="question", disable=None) as bar:
             predictions = predict(
                 loaded.model,

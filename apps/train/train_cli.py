@@ -3,19 +3,37 @@
 train                          the recipe `demo`
 train sft --data FILE          one stage
 train --config runs/x/config.json --max-steps 50
+train --out runs/x --resume    the stage in runs/x, with the settings it was started with
 """
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import msgspec
 import tyro
 
-from train_config import Command, DemoRun, RunConfig, StageRun, WarmupRun
+from interleave_data.config import load_data_file
+from train_config import Command, DemoRun, RunConfig, StageRun, WarmupRun, run_path
 from train_recipes import RECIPES
+
+_Config = TypeVar("_Config", bound=msgspec.Struct)
+FREE_ON_RESUME = (
+    "out",
+    "resume",
+    # The sources' fingerprints tell whether other data lie behind the name.
+    "data",
+    "eval_questions",
+    "feature_cache_mb",
+    "stage.train.log_every",
+    "stage.train.save_every",
+    "stage.train.keep_last",
+    "stage.train.max_nonfinite_steps",
+)
+"""What may change when a run is continued: it moves no weight."""
 
 
 class SavedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,15 +48,15 @@ def _refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
-def _take_config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Split `--config FILE` (or `--config=FILE`) off the arguments."""
+def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Split `FLAG VALUE` (or `FLAG=VALUE`) off the arguments."""
     for index, argument in enumerate(arguments):
-        if argument == "--config":
+        if argument == flag:
             if index + 1 == len(arguments):
-                _refuse("--config: expected a file name, got nothing behind it")
+                _refuse(f"{flag}: expected a name, got nothing behind it; name one")
             return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config="), arguments[:index] + arguments[index + 1 :]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}="), arguments[:index] + arguments[index + 1 :]
     return None, arguments
 
 
@@ -46,17 +64,43 @@ def _config_type(recipe: str) -> type[RunConfig]:
     return {"demo": DemoRun, "warmup": WarmupRun}.get(recipe, StageRun)
 
 
-def _read_config(file: str, recipe: str | None) -> tuple[str, RunConfig]:
+def _decode(content: bytes | msgspec.Raw, config_type: type[_Config]) -> _Config:
+    """Decode JSON; an unknown key is an error that names the nearest known one."""
     try:
-        saved = msgspec.json.decode(Path(file).read_bytes(), type=SavedConfig)
+        return msgspec.json.decode(content, type=config_type)
+    except msgspec.ValidationError as error:
+        unknown = re.search(r"unknown field `(.*?)`(?: - at `\$\.(.*?)`)?", str(error))
+        if unknown is None:
+            raise
+        known = _keys_at(config_type, unknown[2].split(".") if unknown[2] else [])
+        nearest = difflib.get_close_matches(unknown[1], known, n=1)
+        hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys are {', '.join(known)}"
+        raise msgspec.ValidationError(f"{error}; {hint}") from error
+
+
+def _keys_at(config_type: type[msgspec.Struct], path: Sequence[str]) -> list[str]:
+    """Keys that the object at a path of keys may have."""
+    described: object = msgspec.inspect.type_info(config_type)
+    for name in path:
+        assert isinstance(described, msgspec.inspect.StructType)
+        described = next(field.type for field in described.fields if field.encode_name == name)
+        if isinstance(described, msgspec.inspect.UnionType):
+            described = next(kind for kind in described.types if isinstance(kind, msgspec.inspect.StructType))
+    assert isinstance(described, msgspec.inspect.StructType)
+    return [field.encode_name for field in described.fields]
+
+
+def _read_config(what: str, file: Path, recipe: str | None) -> tuple[str, RunConfig]:
+    try:
+        saved = _decode(file.read_bytes(), SavedConfig)
         if recipe not in (None, saved.recipe):
-            _refuse(f"--config {file}: expected the recipe {recipe}, got one of {saved.recipe}; leave the recipe out")
+            _refuse(f"{what}: expected the recipe {recipe}, got one of {saved.recipe}; leave the recipe out")
         _check_recipe(saved.recipe)
-        return saved.recipe, msgspec.json.decode(saved.config, type=_config_type(saved.recipe))
+        return saved.recipe, _decode(saved.config, _config_type(saved.recipe))
     except OSError as error:
-        _refuse(f"--config {file}: cannot be read ({error.strerror})")
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        _refuse(f"--config {file}: expected a run's config.json, got: {error}")
+        _refuse(f"{what}: expected a readable {file}, got: {error.strerror}; check the path")
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        _refuse(f"{what}: expected a run's config.json, got {file}: {error}")
 
 
 def _check_recipe(recipe: str) -> None:
@@ -66,14 +110,55 @@ def _check_recipe(recipe: str) -> None:
         _refuse(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe}; {hint}")
 
 
+def _saved_run(arguments: list[str], recipe: str | None) -> tuple[str, StageRun]:
+    """Recipe and config of the run that `--resume` is to continue."""
+    out, _ = _take("--out", arguments)
+    if out is None and recipe is None:
+        _refuse("--resume: expected a recipe or --out, got neither; name the run to continue")
+    recipe, saved = _read_config("--resume", run_path(str(recipe), out) / "config.json", recipe)
+    if not isinstance(saved, StageRun):
+        _refuse(
+            f"--resume: expected a run of one stage, got {recipe}, which cannot be continued; start it anew, or hand "
+            "its newest checkpoint to a stage with --init"
+        )
+    return recipe, saved
+
+
+def _flat(value: object, name: str = "") -> dict[str, object]:
+    """Leaves of nested dictionaries by dotted name."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for part in value for key, leaf in _flat(value[part], f"{name}.{part}".lstrip(".")).items()}
+
+
+def _check_same_course(saved: StageRun, config: StageRun) -> None:
+    """Refuse to continue a run under other settings than it was started with."""
+    before, now = _flat(msgspec.to_builtins(saved)), _flat(msgspec.to_builtins(config))
+    changed = [
+        f"{name.removeprefix('stage.').removeprefix('train.')}: {before.get(name)} there, {now.get(name)} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name) and name not in FREE_ON_RESUME
+    ]
+    if changed:
+        _refuse(
+            f"--resume: expected the settings that the run was started with, got {'; '.join(changed)}; leave them out "
+            "or start another run"
+        )
+
+
 def parse_command_line(arguments: Sequence[str]) -> Command:
     """Return the resolved config, or exit with status 2 and a reason."""
-    file, rest = _take_config_file(list(arguments))
+    file, rest = _take("--config", list(arguments))
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if recipe is not None:
         _check_recipe(recipe)
+    saved = None
+    if "--resume" in rest:
+        recipe, saved = _saved_run(rest, recipe)
     if file is not None:
-        recipe, default = _read_config(file, recipe)
+        recipe, default = _read_config("--config", Path(file), recipe)
+    elif saved is not None and recipe is not None:
+        default = saved
     else:
         recipe = recipe or "demo"
         default = RECIPES[recipe]()
@@ -87,6 +172,10 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
             args=rest,
             config=(tyro.conf.AvoidSubcommands,),
         )
+        if isinstance(config, StageRun) and config.data is not None:
+            load_data_file(config.data)
     except ValueError as error:
         _refuse(str(error))
+    if saved is not None and isinstance(config, StageRun):
+        _check_same_course(saved, config)
     return Command(recipe=recipe, config=config)

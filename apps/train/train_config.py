@@ -1,15 +1,25 @@
 """What a run of `apps/train` is made of. Imports no torch."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 import tyro
 
 from blip3_lite.config import Blip3Config
+from dpo_lite.config import DpoConfig
 from lora_lite.config import LoraConfig
 from trainer_lite.config import TrainConfig
 
 Part = Literal["vision_encoder", "vision_tokenizer", "lang_model"]
+MAX_SAMPLES_IN_A_PACK = 128
+"""The widest window that samples are packed from (`interleave_data.Packer`)."""
+
+
+def _require_at_least(least: int, config: msgspec.Struct, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}; raise it")
 
 
 class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,13 +28,15 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """Length, optimiser, schedule, guards."""
     trains: tuple[Part, ...] = ("vision_tokenizer", "lang_model")
-    """Parts whose weights move; with adapters, only the adapters of the language model do."""
+    """Parts whose weights move; without meaning with adapters, which then move alone."""
     objective: Literal["next_token", "preference"] = "next_token"
     """Next-token prediction on the target positions, or DPO on pairs."""
-    lora: LoraConfig | None = None
-    """Adapters on the language model, in place of its own weights."""
-    beta: float = 0.1
-    """DPO: how strongly the policy is held to the reference."""
+    use_lora: bool = False
+    """Train adapters on the language model in place of its own weights."""
+    lora: LoraConfig = LoraConfig(rank=16, alpha=32, targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
+    """The adapters; without meaning where they are not used."""
+    dpo: DpoConfig = DpoConfig()
+    """The loss of the objective `preference`."""
     views: Literal["tiles", "base"] = "tiles"
     """Images as the model's tiling cuts them, or as one base view each."""
     max_tokens: int = 4096
@@ -36,13 +48,24 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("max_tokens", "world_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}; raise it")
-        if not self.trains and self.lora is None:
-            raise ValueError("trains: expected at least one part, got none; name one, or set adapters")
-        if self.beta <= 0:
-            raise ValueError(f"beta: expected above 0, got {self.beta}; 0.1 is usual")
+        _require_at_least(1, self, "max_tokens", "world_samples")
+        if self.max_samples is not None and not 1 <= self.max_samples <= MAX_SAMPLES_IN_A_PACK:
+            raise ValueError(
+                f"max_samples: expected 1 to {MAX_SAMPLES_IN_A_PACK}, got {self.max_samples}; "
+                "leave it out for as many as fit"
+            )
+        if not self.trains and not self.use_lora:
+            raise ValueError("trains: expected at least one part, got none; name one, or --use-lora")
+        if self.objective == "preference" and not self.use_lora:
+            raise ValueError(
+                "objective: expected next_token without adapters, got preference; add --use-lora: the reference is the "
+                "model without them"
+            )
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether the vision tower moves, so that features kept of it would be stale."""
+        return not self.use_lora and "vision_encoder" in self.trains
 
 
 class WarmupConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,6 +79,10 @@ class WarmupConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Tiles (dense) or pairs (sigmoid) a step."""
     world_samples: int = 6000
     """Pictures drawn; they repeat after that many."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require_at_least(1, self, "batch_size", "world_samples")
 
 
 class StageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,11 +101,20 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stage: Annotated[StageConfig, tyro.conf.arg(name="")]
     """The stage."""
     eval_questions: int = 0
-    """Held-out questions a skill, asked at the end where the embedded world is the data."""
+    """Held-out questions of the embedded world a skill, asked at the end; 0 for none, as with a data file."""
     feature_cache_mb: int = 1024
     """Memory for the frozen vision tower's features, computed once per picture; 0 computes them each time."""
     model: Blip3Config
     """The fresh model; without meaning where --init names one."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require_at_least(0, self, "eval_questions", "feature_cache_mb")
+        if self.data is not None and self.eval_questions > 0:
+            raise ValueError(
+                f"eval_questions: expected 0 with a data file, got {self.eval_questions}; the questions are the "
+                "embedded world's, so leave one of the two out"
+            )
 
 
 class WarmupRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,9 +134,9 @@ class DemoRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     out: str = "runs/demo"
     """Run folder; a number is added if it is taken."""
     seed: int = 0
-    """Seed of weights, pictures and order."""
+    """Seed of weights, pictures and order; a stage's own seed is added for its order."""
     eval_questions: int = 500
-    """Held-out questions a skill, asked after each stage."""
+    """Held-out questions a skill, asked after each stage; a fifth of them after the warm-up, for comparison."""
     feature_cache_mb: int = 1536
     """Memory for the frozen vision tower's features."""
     model: Blip3Config
@@ -117,6 +153,16 @@ class DemoRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Preference pairs, with adapters."""
     safety: StageConfig
     """Refusals and benign look-alikes, with adapters."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require_at_least(1, self, "eval_questions")
+        _require_at_least(0, self, "feature_cache_mb")
+
+
+def run_path(recipe: str, out: str | None) -> Path:
+    """The folder of a stage's or a warm-up's run."""
+    return Path(out or f"runs/{recipe}")
 
 
 RunConfig = DemoRun | StageRun | WarmupRun

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blip3_lite import Blip3, EncodedSample, PackedBatch
 from blip3_lite.generation import Collate
-from dpo_lite import ReferenceCache, dpo_loss, sequence_log_probs
+from dpo_lite import DpoConfig, ReferenceCache, dpo_loss, sequence_log_probs, side_by_side, split_pairs
 from fused_kernels import linear_log_probs
 from lora_lite import disabled
 from trainer_lite import LossSum
@@ -40,7 +40,7 @@ class SamplePair:
 
 @dataclass(frozen=True)
 class PairPack:
-    """Preference pairs as 2b documents: all chosen ones, then all rejected ones."""
+    """Preference pairs as 2b documents, in the order of `dpo_lite.side_by_side`."""
 
     sample_ids: list[str]
     pack: PackedBatch
@@ -58,31 +58,38 @@ class PairPack:
 
 def collate_pairs(pairs: Sequence[SamplePair], ids: Sequence[str], collate_samples: Collate) -> PairPack:
     """Pack pairs; their tiles are equal, so kept features are looked up once a tile."""
-    return PairPack(list(ids), collate_samples([p.chosen for p in pairs] + [p.rejected for p in pairs]))
+    return PairPack(list(ids), collate_samples(side_by_side([(pair.chosen, pair.rejected) for pair in pairs])))
 
 
 class Preference:
     """DPO (arXiv:2305.18290, eq. 7). The reference is the model without its adapters, asked once a pair and kept."""
 
-    def __init__(self, model: Blip3, beta: float) -> None:
+    def __init__(self, model: Blip3, cfg: DpoConfig) -> None:
         self.model = model
-        self.beta = beta
+        self.beta = cfg.beta
+        self.label_smoothing = cfg.label_smoothing
         self.reference = ReferenceCache("this process's model without its adapters")
 
     def loss(self, batch: PairPack) -> LossSum:
         """Sum over the batch's pairs; parts: reward accuracy and margin, summed."""
         if self.reference.missing(batch.sample_ids):
             with torch.no_grad(), disabled(self.model):
-                self.reference.put(batch.sample_ids, *self._log_probs(batch).chunk(2))
-        reference_chosen, reference_rejected = self.reference.get(batch.sample_ids)
-        policy_chosen, policy_rejected = self._log_probs(batch).chunk(2)
-        output = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=self.beta)
-        margin = output.chosen_reward - output.rejected_reward
-        parts = {"reward_accuracy": float((margin > 0).sum()), "reward_margin": float(margin.sum())}
+                chosen, rejected = self._log_probs(batch)
+            # A source of few pairs comes round within one pack; each pair is kept once.
+            place_of = {sample_id: place for place, sample_id in enumerate(batch.sample_ids)}
+            places = list(place_of.values())
+            self.reference.put(list(place_of), chosen[places], rejected[places])
+        output = dpo_loss(
+            *self._log_probs(batch),
+            *self.reference.get(batch.sample_ids),
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+        )
+        parts = {"reward_accuracy": float((output.margin > 0).sum()), "reward_margin": float(output.margin.sum())}
         return LossSum(output.loss * batch.num_targets, batch.num_targets, parts)
 
-    def _log_probs(self, batch: PairPack) -> Tensor:
-        """float[2b]: log-probability of each document's target tokens."""
+    def _log_probs(self, batch: PairPack) -> tuple[Tensor, Tensor]:
+        """float[b] twice: log-probability of the chosen and of the rejected answers."""
         model, pack = self.model, batch.pack
         tokens = linear_log_probs(model(pack), model.lang_model.head_weight, pack.targets, model.lang_model.head_bias)
-        return sequence_log_probs(tokens, pack.cu_seqlens)
+        return split_pairs(sequence_log_probs(tokens, pack.cu_seqlens))

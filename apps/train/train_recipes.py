@@ -6,11 +6,11 @@ from msgspec.structs import replace
 
 from anyres_tiler.config import XGEN_MM_GRIDS, TilingConfig
 from blip3_lite.config import Blip3Config
-from lora_lite.config import LoraConfig
 from perceiver_resampler.config import ResamplerConfig
 from phi3_lite.config import Phi3Config
 from siglip_lite.config import SiglipVisionConfig
 from train_config import DemoRun, RunConfig, StageConfig, StageRun, WarmupConfig, WarmupRun
+from train_recipes_full import FULL_RECIPES
 from trainer_lite.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -56,7 +56,7 @@ def _train(max_steps: int, learning_rate: float, muon_learning_rate: float) -> T
 
 def warmup_stage() -> WarmupConfig:
     """Dense labels; replaces published SigLIP weights."""
-    return WarmupConfig(train=_train(520, 4e-3, 1.5e-2), batch_size=32, world_samples=5400)
+    return WarmupConfig(train=_train(600, 4e-3, 1.5e-2), batch_size=32, world_samples=6300)
 
 
 def pretrain_stage() -> StageConfig:
@@ -66,30 +66,26 @@ def pretrain_stage() -> StageConfig:
 
 def sft_stage() -> StageConfig:
     """Conversations about one picture, any-resolution tiles."""
-    return StageConfig(train=_train(480, 2e-3, 5e-3), max_tokens=1536, world_samples=6000)
+    return StageConfig(train=_train(720, 2e-3, 5e-3), max_tokens=1536, world_samples=8100)
 
 
 def interleaved_stage() -> StageConfig:
     """Conversations about several pictures, mixed with single ones."""
-    return StageConfig(train=_train(260, 1.5e-3, 4e-3), max_tokens=1536, world_samples=5000)
-
-
-def _adapters() -> LoraConfig:
-    return LoraConfig(rank=16, alpha=32, targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
+    return StageConfig(train=_train(420, 1.5e-3, 4e-3), max_tokens=1536, world_samples=8000)
 
 
 def dpo_stage() -> StageConfig:
     """Preference pairs, adapters on the language model."""
     train = replace(_train(60, 1e-3, 1e-3), optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.0))
     return StageConfig(
-        train=train, objective="preference", trains=(), lora=_adapters(), max_tokens=2048, world_samples=1000
+        train=train, objective="preference", trains=(), use_lora=True, max_tokens=2048, world_samples=1000
     )
 
 
 def safety_stage() -> StageConfig:
     """Refusals, look-alikes and replay, adapters on the language model."""
     train = replace(_train(160, 3e-3, 3e-3), optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0))
-    return StageConfig(train=train, trains=(), lora=_adapters(), max_tokens=1536, world_samples=3500)
+    return StageConfig(train=train, trains=(), use_lora=True, max_tokens=1536, world_samples=3500)
 
 
 def demo() -> DemoRun:
@@ -117,4 +113,5 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "interleaved": _alone(interleaved_stage),
     "dpo": _alone(dpo_stage),
     "safety": _alone(safety_stage),
+    **FULL_RECIPES,
 }

@@ -1,9 +1,6 @@
 """The demo's report.html: curves, skills before and after each stage, pictures with tiles and answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -11,10 +8,8 @@ from anyres_tiler import tile_image
 from blip3_lite import Blip3Config
 from eval_lite import EvalItem, Prediction
 from interleave_data import TextPart
+from train_exam import Exam, Summary
 from trainer_lite import Picture, Report, RunFolder, Share, read_metrics
-
-if TYPE_CHECKING:
-    from train_demo import Exam, Summary
 
 _PICTURES_PER_SKILL = 2
 
@@ -46,17 +41,20 @@ def write_report(run: RunFolder, summary: Summary, exam: Exam, model: Blip3Confi
 
 def _add_skills(report: Report, summary: Summary) -> None:
     stages = list(summary.stages)
-    first = summary.stages[stages[0]]
+    first, last = summary.stages[stages[0]], summary.stages[stages[-1]]
     rows: list[list[str | Share | float | None]] = []
-    for skill in first.skills:
+    for skill in last.skills:
         cells = [summary.stages[stage].skills[skill] for stage in stages]
-        rows.append([skill, f"{cells[0].baseline:.0%}", *(Share(c.accuracy, c.low, c.high, c.n) for c in cells)])
+        rows.append([skill, f"{cells[-1].baseline:.0%}", *(Share(c.accuracy, c.low, c.high, c.n) for c in cells)])
     rows.append(["overall", "", *(f"{summary.stages[stage].overall:.1%}" for stage in stages)])
+    asked_first, asked_last = (max(skill.n for skill in scores.skills.values()) for scores in (first, last))
     report.add_table(
-        "Accuracy on held-out questions, after each stage",
+        "Accuracy on held-out questions, before and after each stage",
         ["skill", "most frequent answer", *stages],
         rows,
-        note="Bars: 95 % Wilson intervals. Strings and combinations of colour, shape and place were never trained on.",
+        note="Bars: 95 % Wilson intervals. Strings and combinations of colour, shape and place were never trained on. "
+        f"After the warm-up the language model is still random, and fewer questions are asked: {asked_first} a skill, "
+        f"later {asked_last}.",
     )
 
 

@@ -1,18 +1,22 @@
 """One stage from data to checkpoint: freeze plan, stream, loop. The demo and the single-stage recipes share it."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 import lora_lite
 from blip3_lite import Blip3, EncodedSample, FeatureCache, Processor, collate
 from blip3_lite.checkpoint import WEIGHTS, load_tensors, model_writers
 from blip3_lite.generation import Collate
+from fused_kernels import backend_report
 from interleave_data import (
     Batch,
+    ImageLimits,
     PreferenceSample,
     Sample,
     SkipCounter,
@@ -26,8 +30,11 @@ from train_config import StageConfig
 from train_objectives import NextToken, Preference, SamplePair, collate_pairs
 from trainer_lite import FitResult, Progress, RunFolder, StopFlag, Trainer
 
-IMAGE_CACHE_BYTES = 1 << 30
+IMAGE_CACHE_BYTES = 1 << 29
 """Tiles of images are kept up to this much, so that a repeated picture is decoded and cut once."""
+
+_LOOK_AHEAD = 64
+"""Samples that wait to be packed."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,13 @@ class StageData:
     sources: Sequence[Source]
     ratios: Sequence[float] | None = None
     skip_limits: SkipLimits = field(default_factory=SkipLimits)
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any source."""
-        return " ".join(f"{source.name}={source.fingerprint}" for source in self.sources)
+        """Changes with any source and with what the image gate lets in; the stream itself compares the ratios."""
+        sources = [f"{source.name}={source.fingerprint}" for source in self.sources]
+        return " ".join([*sources, f"images={msgspec.json.encode(self.image_limits).decode()}"])
 
 
 class PackStream:
@@ -95,7 +104,7 @@ class CheckpointFiles:
 def freeze(model: Blip3, stage: StageConfig) -> None:
     """Make exactly the stage's parts trainable; with adapters, attach them and train nothing else."""
     model.requires_grad_(False)
-    if stage.lora is not None:
+    if stage.use_lora:
         lora_lite.attach(model.lang_model, stage.lora)
         for parameter in lora_lite.lora_parameters(model.lang_model):
             parameter.requires_grad_(True)
@@ -132,6 +141,7 @@ def make_stream(
         ratios=data.ratios,
         max_tokens=stage.max_tokens,
         max_samples=stage.max_samples,
+        look_ahead=max(_LOOK_AHEAD, stage.max_samples or 1),
         seed=seed,
         skips=SkipCounter(data.skip_limits),
     )
@@ -145,7 +155,23 @@ def base_view_processor(processor: Processor) -> Processor:
     return Processor(cfg, processor.tokenizer, processor.limits, IMAGE_CACHE_BYTES)
 
 
-def run_stage(
+def announce(model: Blip3, path: Path) -> None:
+    """Say what is about to be trained, where it goes, and which kernels compute it."""
+    parts = {"vision": model.vision_encoder, "connector": model.vision_tokenizer, "language model": model.lang_model}
+    counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    listed = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
+    total = sum(counts.values()) / 1e6
+    say(f"run folder {path}; {total:.2f} M parameters ({listed}); {torch.get_num_threads()} threads")
+    rows = backend_report(model.device, torch.float32)
+    say("kernels: " + ", ".join(f"{row.op}={row.backend}" for row in rows))
+
+
+def say(text: str) -> None:
+    """One line for the person who waits; standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def stage_trainer(
     name: str,
     stage: StageConfig,
     model: Blip3,
@@ -158,27 +184,28 @@ def run_stage(
     stop: StopFlag,
     first_step: int = 0,
     resume: Path | None = None,
-) -> FitResult:
-    """Train one stage and leave its checkpoint; adapters stay attached (see `merge_adapters`).
+) -> Trainer[Any]:
+    """Make one stage ready for `fit_stage`: freeze plan, adapters, stream, and where it left off.
 
     Raises:
-        TooManySkips: the data is worse than its limits allow.
+        ValueError: settings, data or checkpoint do not fit each other.
     """
+    if features is not None and stage.trains_tower:
+        raise ValueError("features: expected none for a stage that trains the vision tower, got a cache; they go stale")
     freeze(model, stage)
-    model.train()
     full_processor = processor
     if stage.views == "base":
         processor = base_view_processor(processor)
     collate_samples = collate if features is None else features.collate
     stream = make_stream(stage, data, processor, collate_samples, stage.train.seed)
     trainer: Trainer[Any] = Trainer(
-        model=Preference(model, stage.beta) if stage.objective == "preference" else NextToken(model),
+        model=Preference(model, stage.dpo) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),
         stream=stream,
         cfg=stage.train,
         stage=name,
         run=run,
-        files=CheckpointFiles(model, full_processor, stage.lora),
+        files=CheckpointFiles(model, full_processor, stage.lora if stage.use_lora else None),
         first_step=first_step,
         data_fingerprint=data.fingerprint,
         progress=progress,
@@ -186,6 +213,17 @@ def run_stage(
     )
     if resume is not None:
         trainer.resume(resume)
+    return trainer
+
+
+def fit_stage(trainer: Trainer[Any], model: Blip3) -> FitResult:
+    """Train one stage and leave its checkpoint; adapters stay attached (see `merge_adapters`).
+
+    Raises:
+        TooManySkips: the data is worse than its limits allow.
+        NonFiniteError: too many steps in a row were not finite.
+    """
+    model.train()
     result = trainer.fit()
     model.eval().requires_grad_(False)
     return result

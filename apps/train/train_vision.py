@@ -283,25 +283,28 @@ def _pair_model(model: Blip3Config) -> Siglip:
     return Siglip(SiglipConfig(vision=msgspec.structs.replace(model.vision, use_head=True), text=text))
 
 
-def run_warmup(
+def warmup_trainer(
     config: WarmupConfig,
     model: Blip3,
     tokenizer: HFTokenizer,
     *,
     run: RunFolder,
-    files: CheckpointFiles,
     progress: Progress,
     stop: StopFlag,
     name: str = "warmup",
-) -> FitResult:
-    """Train the vision tower of `model` (with `dense`, its connector too) in place and freeze the model again."""
+) -> Trainer[Any]:
+    """Make the warm-up of the vision tower of `model` (with `dense`, of its connector too) ready for `fit_warmup`.
+
+    Raises:
+        ValueError: the model's sizes do not suit the objective.
+    """
     objective: DenseObjective | SigmoidObjective
     if config.objective == "dense":
         objective, stream = DenseObjective(model), DenseStream(config, model.cfg)
     else:
         objective, stream = SigmoidObjective(_pair_model(model.cfg)), PairStream(config, model.cfg, tokenizer)
     objective.requires_grad_(True)
-    trainer: Trainer[Any] = Trainer(
+    return Trainer(
         model=objective,
         parameters=objective.named_parameters(),
         stream=stream,
@@ -311,11 +314,21 @@ def run_warmup(
         progress=progress,
         stop=stop,
     )
+
+
+def fit_warmup(trainer: Trainer[Any], model: Blip3, files: CheckpointFiles) -> FitResult:
+    """Train in place, freeze the model again and leave a checkpoint of it, which can start a stage but not be resumed.
+
+    Raises:
+        NonFiniteError: too many steps in a row were not finite.
+    """
     result = trainer.fit()
-    if isinstance(objective, SigmoidObjective):
-        tower = objective.pair.vision_model.state_dict()
+    if isinstance(trainer.model, SigmoidObjective):
+        tower = trainer.model.pair.vision_model.state_dict()
         wanted = model.vision_encoder.state_dict().keys()
         model.vision_encoder.load_state_dict({key: tower[key] for key in wanted})
     model.eval().requires_grad_(False)
-    checkpoint = run.save_checkpoint(result.counters.step, files.writers(), {"stage": name, "is_kept": True}, 2)
+    assert trainer.run is not None
+    manifest = {"stage": trainer.stage, "is_kept": True}
+    checkpoint = trainer.run.save_checkpoint(result.counters.step, files.writers(), manifest, 2)
     return replace(result, checkpoint=checkpoint)

@@ -19,8 +19,10 @@ NOTHING_MAY_BE_SKIPPED = SkipLimits(max_share=0.0, max_consecutive=1, min_seen=1
 
 QUESTION_ROUNDS = 2
 """Times that new questions are asked about the same picture before all repeats."""
+WORLD_STAGES = ("pretrain", "sft", "interleaved", "dpo", "safety")
+"""Stages that the embedded world has samples for."""
 _KINDS: tuple[PictureKind, ...] = (
-    "scene", "scene", "crowd", "word", "page", "chart", "page", "word", "card", "crowd",
+    "scene", "scene", "crowd", "word", "page", "chart", "scene", "word", "card", "crowd",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,8 @@ def _run(
         input=stdin,
         capture_output=True,
         text=True,
+        # A lone surrogate stands for a byte that is no UTF-8.
+        errors="surrogateescape",
         timeout=300,
     )
 
@@ -71,12 +73,49 @@ def run_app(repo_root: Path):
     return partial(_run, repo_root)
 
 
+@cache
+def _world_tokenizer(vocab_size: int):
+    # Trained once for all runs in this process: it takes longer than they do.
+    from train_world import world_tokenizer
+
+    return world_tokenizer(vocab_size)
+
+
+@pytest.fixture
+def train(repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`apps/train` in this process and an empty folder: arguments → exit status."""
+    monkeypatch.syspath_prepend(str(repo_root / "apps/train"))
+    monkeypatch.chdir(tmp_path)
+    import train_demo
+    import train_run
+
+    for module in (train_demo, train_run):
+        monkeypatch.setattr(module, "world_tokenizer", _world_tokenizer)
+    from train_cli import parse_command_line
+    from train_run import run
+
+    def call(*arguments: str) -> int:
+        try:
+            command = parse_command_line(arguments)
+        except SystemExit as end:
+            return int(end.code or 0)
+        return run(command)
+
+    return call
+
+
+@pytest.fixture
+def parse(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
+    """The command line's arguments → the resolved config."""
+    monkeypatch.syspath_prepend(str(repo_root / "apps/train"))
+    from train_cli import parse_command_line
+
+    return lambda *arguments: parse_command_line(arguments).config
+
+
 def toy_steps(*prefixes: str) -> list[str]:
     """Flags that make stages two steps long."""
-    flags: list[str] = []
-    for prefix in prefixes:
-        flags += [f"--{prefix}max-steps", "2", f"--{prefix}schedule.warmup-steps", "0"]
-    return flags
+    return [part for prefix in prefixes for part in (f"--{prefix}max-steps", "2")]
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +126,12 @@ def toy_demo(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = _run(repo_root, "train", ["--eval-questions", "3", *stages, *TOY_MODEL], folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_model() -> list[str]:
+    """Flags for a model of toy size."""
+    return TOY_MODEL
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,15 @@ def summary(toy_demo: Path) -> dict:
 
 
 def test_summary_has_every_stage_and_skill_with_figures(summary: dict) -> None:
-    assert list(summary["stages"]) == STAGES
-    for stage in summary["stages"].values():
+    assert list(summary["stages"]) == ["warmup", *STAGES]
+    for name, stage in summary["stages"].items():
         assert len(stage["skills"]) >= 10
+        # Before the first stage a fifth of the questions is asked, one at least.
+        asked = 1 if name == "warmup" else 3
         for skill in stage["skills"].values():
             assert 0 <= skill["low"] <= skill["accuracy"] <= skill["high"] <= 1
-            assert skill["n"] == 3
-            assert 1 / 3 <= skill["baseline"] <= 1
+            assert skill["n"] == asked
+            assert 1 / asked <= skill["baseline"] <= 1
         mean = sum(skill["accuracy"] for skill in stage["skills"].values()) / len(stage["skills"])
         assert stage["overall"] == pytest.approx(mean)
     assert set(summary["wall_s"]) >= {"warmup", "evaluation", *STAGES}
@@ -60,7 +62,8 @@ def test_report_needs_no_network_and_shows_pictures(toy_demo: Path) -> None:
     assert "https://" not in page
     assert "<script" not in page
     assert page.count("data:image/") > 20
-    assert all(stage in page for stage in STAGES)
+    head = "".join(f"<th>{name}</th>" for name in ["skill", "most frequent answer", "warmup", *STAGES])
+    assert head in page
 
 
 def test_only_the_stage_s_parts_move(toy_demo: Path) -> None:
@@ -91,11 +94,81 @@ def test_checkpoints_are_whole(toy_demo: Path) -> None:
     assert [read_manifest(folder)["stage"] for folder in folders] == ["warmup", *STAGES]
 
 
-def test_a_second_demo_takes_another_folder(toy_demo: Path) -> None:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps/train"))
+def test_a_second_demo_takes_another_folder(toy_demo: Path, train) -> None:
     from train_demo import free_path
 
     assert free_path(str(toy_demo / "runs/demo")) == toy_demo / "runs/demo-2"
     assert free_path(str(toy_demo / "runs/other")) == toy_demo / "runs/other"
+
+
+def test_the_short_exam_asks_the_first_of_each_skill(train) -> None:
+    from train_exam import first_of_each_skill
+    from train_world import exam_items
+
+    items = exam_items(7, 0, ("colour", "count"))
+    assert [item.group for item in items] == ["colour"] * 7 + ["count"] * 7
+    assert first_of_each_skill(items, 0.2) == [0, 1, 7, 8]
+    assert first_of_each_skill(items, 0.01) == [0, 7]
+    assert first_of_each_skill(items, 1.0) == list(range(14))
+
+
+def test_the_seed_of_the_demo_reaches_every_stage(train, parse) -> None:
+    from train_demo import seeded
+
+    config = seeded(parse("--seed", "3", "--sft.seed", "2"))
+    seeds = {name: getattr(config, name).train.seed for name in ("warmup", *STAGES)}
+    assert seeds == {"warmup": 3, "pretrain": 3, "sft": 5, "interleaved": 3, "dpo": 3, "safety": 3}
+
+
+def test_a_stage_of_the_demo_can_train_the_tower(train, tmp_path: Path, toy_model, monkeypatch) -> None:
+    import train_demo
+
+    # One stage tells; all five take as long as they do in `toy_demo`.
+    monkeypatch.setattr(train_demo, "STAGES", ("sft",))
+    steps = ["--warmup.max-steps", "1", "--sft.max-steps", "1"]
+    trains = ["--sft.trains", "vision_encoder", "lang_model"]
+    assert train("--eval-questions", "1", *steps, *trains, *toy_model) == 0
+    paths = sorted((tmp_path / "runs/demo/checkpoints").glob("step-*"))
+    before, after = (load_model(path).model.vision_encoder.state_dict() for path in paths)
+    assert not after["embeddings.position_embedding.weight"].equal(before["embeddings.position_embedding.weight"])
+
+
+def test_features_are_not_kept_of_a_tower_that_moves(train, parse, tiny_model, tiny_processor, tmp_path: Path) -> None:
+    from blip3_lite import FeatureCache
+    from train_stages import stage_trainer
+    from train_world import stage_data
+    from trainer_lite import QuietProgress, RunFolder, StopFlag
+
+    tiny_model.requires_grad_(False)
+    with pytest.raises(ValueError, match="features: expected none for a stage that trains the vision tower"):
+        stage_trainer(
+            "sft",
+            parse("sft", "--trains", "vision_encoder").stage,
+            tiny_model,
+            tiny_processor,
+            stage_data("sft", 1, 0),
+            features=FeatureCache(tiny_model, 1 << 20),
+            run=RunFolder(tmp_path),
+            progress=QuietProgress(),
+            stop=StopFlag(),
+        )
+
+
+def test_a_stopped_demo_says_what_to_do_and_is_exit_130(train, toy_model, toy_flags, capsys, monkeypatch) -> None:
+    import train_run
+    from trainer_lite import StopFlag
+
+    class Stopped(StopFlag):
+        def __init__(self) -> None:
+            super().__init__()
+            self.set("SIGINT")
+
+    monkeypatch.setattr(train_run, "StopFlag", Stopped)
+    assert train(*toy_model) == 130
+    said = capsys.readouterr().err
+    assert "stopped in warmup at step 0; a demo cannot be continued" in said
+    assert "--init runs/demo/checkpoints/step-00000000" in said
+    assert train("warmup", *toy_flags) == 130
+    assert "a warm-up cannot be continued" in capsys.readouterr().err
+    assert train("sft", *toy_flags) == 130
+    assert "continue with uv run apps/train sft --out runs/sft --resume" in capsys.readouterr().err

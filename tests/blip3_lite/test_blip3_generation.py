@@ -42,3 +42,38 @@ def test_streamed_answer_equals_the_batched_one(tiny_model, tiny_processor, pict
     alone = ["".join(stream_answer(tiny_model, tiny_processor, prompt, sampling)).strip() for prompt in prompts]
     assert together == alone
     assert len(set(alone)) > 1
+
+
+def test_stop_text_cuts_the_streamed_and_the_batched_answer_alike(tiny_model, tiny_processor, picture) -> None:
+    prompts = _prompts(tiny_processor, picture)
+    sampling = SamplingConfig(max_new_tokens=12)
+    free = answer_batch(tiny_model, tiny_processor, prompts, sampling)
+    middle = len(free[1]) // 2
+    stop = free[1][middle : middle + 3]
+    batched = answer_batch(tiny_model, tiny_processor, prompts, sampling, stop_texts=[stop])
+    assert batched[1] == free[1][: free[1].index(stop)].strip() != free[1]
+    for prompt, answer, whole in zip(prompts, batched, free, strict=True):
+        pieces = list(stream_answer(tiny_model, tiny_processor, prompt, sampling, stop_texts=[stop]))
+        assert "".join(pieces).strip() == answer
+        assert stop not in answer
+        assert answer == whole.split(stop)[0].strip()
+
+
+def test_repetition_penalty_counts_the_prompts_text_but_no_image_slot(tiny_model, tiny_processor, picture) -> None:
+    prompts = _prompts(tiny_processor, picture)[:1]
+    sampling = SamplingConfig(max_new_tokens=1, repetition_penalty=3.0)
+    with torch.no_grad():
+        logits = tiny_model.lang_model.logits(tiny_model(collate(prompts))[-1])
+    is_text = torch.ones(len(prompts[0].ids), dtype=torch.bool)
+    is_text[prompts[0].image_index] = False
+    slot = int(prompts[0].ids[prompts[0].image_index[0]])
+    seen = set(prompts[0].ids[is_text].tolist())
+    assert slot not in seen
+    # make the slot's own token the best, and everything else worth nothing
+    with torch.no_grad():
+        weight = tiny_model.lang_model.head_weight
+        weight[slot] = weight[int(logits.argmax())] * 1.5
+        logits = tiny_model.lang_model.logits(tiny_model(collate(prompts))[-1])
+    expected = torch.tensor([(x / 3 if x > 0 else x * 3) if i in seen else x for i, x in enumerate(logits.tolist())])
+    found = collect(generate_steps(tiny_model, prompts, sampling, ()))
+    assert found == [[int(expected.argmax())]] == [[slot]]

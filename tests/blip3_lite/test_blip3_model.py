@@ -91,6 +91,21 @@ def test_feature_cache_refuses_a_trainable_tower(tiny_model) -> None:
         FeatureCache(tiny_model, max_bytes=1)
 
 
+def test_feature_cache_brings_tiles_to_the_model(tiny_model, tiny_processor, conversations, monkeypatch) -> None:
+    """The meta device stands for any device that is not the tiles'."""
+    sample = tiny_processor.encode(conversations[2])
+    model = tiny_model.requires_grad_(False).to("meta")
+    seen: list[str] = []
+
+    def features(tiles, valid):
+        seen.extend((tiles.device.type, valid.device.type))
+        return torch.zeros(*valid.shape, 16, device=tiles.device)
+
+    monkeypatch.setattr(model, "patch_features", features)
+    assert FeatureCache(model, max_bytes=10**6).features([sample]).device.type == "meta"
+    assert set(seen) == {"meta"}
+
+
 def test_full_feature_cache_computes_again_and_answers_the_same(tiny_model, tiny_processor, conversations) -> None:
     tiny_model.requires_grad_(False)
     sample = tiny_processor.encode(conversations[2])
@@ -115,6 +130,28 @@ def test_gradients_of_one_pack_equal_those_of_its_documents_summed(tiny_config, 
             torch.testing.assert_close(parameter.grad, together[name], atol=1e-5, rtol=1e-5)
         else:
             assert parameter.grad is None
+
+
+def test_a_generator_alone_decides_the_weights(tiny_config) -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        torch.rand(seed)
+        before = torch.get_rng_state()
+        state = Blip3(tiny_config, generator=torch.Generator().manual_seed(seed % 2)).state_dict()
+        assert torch.equal(torch.get_rng_state(), before)
+        return state
+
+    first, other, again = weights(1), weights(2), weights(3)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    drawn = [name for name, tensor in first.items() if not torch.equal(tensor, other[name])]
+    fixed = {name for name, tensor in first.items() if tensor.unique().numel() == 1}
+    assert set(drawn) == first.keys() - fixed
+
+
+def test_a_generator_draws_every_part_as_the_global_one(tiny_config) -> None:
+    """Same rules: mean and spread of each tensor agree with those of a model drawn without a generator."""
+    drawn = Blip3(tiny_config, generator=torch.Generator().manual_seed(0)).state_dict()
+    for name, tensor in Blip3(tiny_config).state_dict().items():
+        assert drawn[name].std(unbiased=False).item() == pytest.approx(tensor.std(unbiased=False).item(), rel=0.5), name
 
 
 def test_text_alone_needs_no_image(tiny_model, tiny_processor) -> None:

@@ -47,7 +47,17 @@ def test_other_fingerprint_is_refused(tmp_path):
         ReferenceCache.load(tmp_path / "cache.json", fingerprint="model 2")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"format": 1}', b"\xff\xfe", b'{"format":1,"fingerprint":"","x":1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'{"format": 1}',
+        b"\xff\xfe",
+        b'{"format":1,"fingerprint":"","x":1}',
+        b'{"format":1,"fingerprint":"\xff","log_probs":{}}',
+    ],
+)
 def test_file_that_is_no_cache_is_refused(tmp_path, content):
     (tmp_path / "cache.json").write_bytes(content)
     with pytest.raises(ReferenceCacheError, match=r"cache\.json: expected a file written by"):
@@ -65,6 +75,13 @@ def test_values_that_are_not_finite_are_refused_and_nothing_is_kept():
     with pytest.raises(ReferenceCacheError, match="of 'd': expected finite values"):
         cache.put(["c", "d"], torch.tensor([0.0, math.nan]), torch.zeros(2))
     assert "c" not in cache
+
+
+def test_an_id_given_twice_is_refused_and_nothing_is_kept():
+    cache = filled()
+    with pytest.raises(ReferenceCacheError, match=r"expected each once, got 1 again, the first \['c'\]"):
+        cache.put(["c", "d", "c"], torch.zeros(3), torch.zeros(3))
+    assert "d" not in cache
 
 
 def test_counts_that_differ_are_refused():

@@ -7,7 +7,7 @@ import pytest
 
 from blip3_lite import user_turn
 from eval_lite import EvalItem, Prediction, encode_prompts, macro_accuracy, predict, score_groups, write_predictions
-from interleave_data import Sample
+from interleave_data import ImagePart, Sample, SkipSample
 
 
 def _prediction(group: str, answer: str, is_correct: bool) -> Prediction:
@@ -48,6 +48,41 @@ def test_predictions_are_the_same_for_every_batch_size_and_in_the_items_order(ti
 
     assert answers(1) == answers(2) == answers(5)
     assert len(set(answers(5))) > 1
+
+
+def test_a_broken_picture_is_counted_as_wrong_with_its_reason(tiny_model, tiny_processor) -> None:
+    pictures = [[], [ImagePart(b"no picture")], [], [ImagePart(b"")]]
+    items = [
+        EvalItem(group="g", prompt=Sample(id=f"{i}", source="t", turns=(user_turn(images, "what?"),)), answer="")
+        for i, images in enumerate(pictures)
+    ]
+    done: list[int] = []
+    found = predict(tiny_model, tiny_processor, items, lambda item, said: True, on_progress=done.append)
+    assert [(p.id, p.is_correct, p.skip_reason) for p in found] == [
+        ("0", True, ""),
+        ("1", False, "not_an_image"),
+        ("2", True, ""),
+        ("3", False, "empty_file"),
+    ]
+    assert found[0].prediction == found[2].prediction != found[1].prediction == ""
+    assert sum(done) == 4
+    score = score_groups(found)["g"]
+    assert (score.accuracy, score.n, score.skipped) == (0.5, 4, {"empty_file": 1, "not_an_image": 1})
+    with pytest.raises(SkipSample, match="not_an_image") as caught:
+        encode_prompts(tiny_processor, items)
+    assert caught.value.where
+
+
+def test_the_models_mode_is_restored_where_answering_fails(tiny_model, tiny_processor) -> None:
+    def fail(samples):
+        raise ZeroDivisionError
+
+    item = EvalItem(group="g", prompt=Sample(id="i", source="t", turns=(user_turn([], "a"),)), answer="")
+    for is_training in (True, False):
+        tiny_model.train(is_training)
+        with pytest.raises(ZeroDivisionError):
+            predict(tiny_model, tiny_processor, [item], lambda item, said: True, collate_prompts=fail)
+        assert tiny_model.training is is_training
 
 
 def test_number_of_prompts_must_be_that_of_items(tiny_model, tiny_processor) -> None:

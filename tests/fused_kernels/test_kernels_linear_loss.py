@@ -172,6 +172,15 @@ def test_label_outside_the_vocabulary_is_refused(function, label):
         function(hidden, weight, labels)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("chunk_rows", [0, -1])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_log_probs])
+def test_chunk_of_no_rows_is_refused(function, chunk_rows, backend):
+    hidden, weight, labels, _ = problem()
+    with pytest.raises(ValueError, match=f"chunk_rows: expected at least 1, got {chunk_rows}"):
+        function(hidden, weight, labels, chunk_rows=chunk_rows, backend=backend)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest floating tensor that any operation gives."""
 

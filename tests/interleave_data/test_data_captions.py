@@ -87,6 +87,44 @@ def test_long_and_strange_names_are_only_keys(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
 
 
+def test_ids_are_printable_and_tell_names_apart_that_are_no_utf_8(tmp_path):
+    names = ["a\udcff", "a\\udcff", "b\n"]
+    entries = [
+        (f"{name}.{suffix}", data) for name in names for suffix, data in [("png", picture(1, "PNG")), ("txt", b"t")]
+    ]
+    source = CaptionTars([write(tmp_path / "x\udcfe.tar", entries, tarfile.GNU_FORMAT)])
+    ids = [source[index].id for index in range(3)]
+    assert ids == [r"x\udcfe.tar:a\udcff", r"x\udcfe.tar:a\\udcff", r"x\udcfe.tar:b\n"]
+    assert source[0].images()[0].key == ids[0]
+
+
+def test_shards_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    shards = [write(path, members(1)) for path in (tmp_path / "a/0.tar", tmp_path / "b/0.tar", tmp_path / "b/1.tar")]
+    source = CaptionTars(shards)
+    assert [source[index].id for index in range(3)] == ["0/0.tar:000000", "1/0.tar:000000", "1.tar:000000"]
+
+
+def test_huge_caption_is_skipped_unread(tmp_path):
+    size = 1 << 22
+    for number, (more, suffix) in enumerate([(0, "txt"), (1, "txt"), (1, "json")]):
+        entries = [("1.jpg", picture(1)), (f"1.{suffix}", b"a" * (size + more))]
+        source = CaptionTars([write(tmp_path / f"{number}.tar", entries)], caption="json:a" if number == 2 else "txt")
+        if more:
+            assert skip_of(source).reason == SkipReason.TOO_MANY_BYTES
+            assert skip_of(source).where == f"{number}.tar:1"
+        else:
+            assert source[0].turns[0].parts[1] == TextPart("a" * size)
+
+
+def test_deeply_nested_caption_record_is_skipped(tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    entries = [("1.jpg", picture(1)), ("1.json", f'{{"caption": "a", "b": {deep}}}'.encode())]
+    source = CaptionTars([write(tmp_path / "0.tar", entries)], caption="json:caption")
+    assert skip_of(source).reason == SkipReason.BAD_RECORD
+
+
 def test_suffixes_in_any_case_and_unknown_ones(tmp_path):
     entries = [
         ("1.JPG", picture(1)),

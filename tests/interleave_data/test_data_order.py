@@ -120,9 +120,19 @@ def test_mixture_continues_from_its_state():
 
 def test_mixture_refuses_a_state_of_other_data():
     state = Mixture(sources(a=7, b=3)).state_dict()
-    for other in (Mixture(sources(a=7, c=3)), Mixture(sources(a=7)), Mixture(sources(a=7, b=3), seed=1)):
-        with pytest.raises(ValueError, match="mixture state: expected seed"):
+    for other, what in [
+        (Mixture(sources(a=7, c=3)), "sources"),
+        (Mixture(sources(a=7)), "sources"),
+        (Mixture(sources(b=3, a=7)), "sources"),
+        (Mixture(sources(a=7, b=3), seed=1), "seed 1, got seed 0"),
+        (Mixture(sources(a=7, b=3), [2, 1]), "shares"),
+    ]:
+        with pytest.raises(ValueError, match=f"mixture state: expected {what}"):
             other.load_state_dict(state)
+
+
+def test_mixture_takes_a_state_of_the_same_ratios_in_other_numbers():
+    Mixture(sources(a=7, b=3), [4, 2]).load_state_dict(Mixture(sources(a=7, b=3), [2, 1]).state_dict())
 
 
 @pytest.mark.parametrize(

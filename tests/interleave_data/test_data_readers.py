@@ -65,7 +65,7 @@ def test_llava_single_image_in_place(root):
         ("user", ["Sure?"]),
         ("assistant", ["Yes."]),
     ]
-    assert (source[0].id, source[0].source) == ("7", "chat")
+    assert (source[0].id, source[0].source) == ("7#0", "chat")
     assert source[0].images()[0].decode().size == (1, 1)
 
 
@@ -121,19 +121,19 @@ def test_llava_other_spellings_read_the_same(root, lines):
         {"role": "assistant", "content": "A dot."},
     ]
     records = [
-        {"id": "x", "images": ["a.png"], "conversation": messages, "source": "elsewhere"},
-        {"id": "x", "image": "a.png", "messages": messages},
-        {"id": "x", "image": "a.png", "conversations": [{"from": m["role"], "value": m["content"]} for m in messages]},
+        {"images": ["a.png"], "conversation": messages, "source": "elsewhere"},
+        {"image": "a.png", "messages": messages},
+        {"image": "a.png", "conversations": [{"from": m["role"], "value": m["content"]} for m in messages]},
     ]
     source = llava(root, *records, lines=lines)
     assert len(source) == 3
-    assert source[0] == source[1] == source[2]
+    assert source[0].turns == source[1].turns == source[2].turns
     assert [turn.role for turn in source[0].turns] == ["system", "user", "assistant"]
 
 
 def test_llava_question_with_answer(root):
     source = llava(root, {"question_id": "q1", "image": "a.png", "question": "What?", "answer": "dot"})
-    assert source[0].id == "q1"
+    assert source[0].id == "q1#0"
     assert outline(source[0]) == [("user", ["<a.png>", "What?"]), ("assistant", ["dot"])]
 
 
@@ -233,7 +233,7 @@ def obelics(root, record) -> ObelicsJsonl:
 def test_obelics_document_in_reading_order(root):
     record = {"images": ["a.png", None, None, "b.png", None], "texts": [None, "One.", "", None, "Two."]}
     source = obelics(root, record | {"general_metadata": '{"id": "d7", "url": "x"}', "metadata": None})
-    assert source[0].id == "d7"
+    assert source[0].id == "d7#0"
     assert outline(source[0]) == [("document", ["<a.png>", "One.", "<b.png>", "Two."])]
     assert obelics(root, record)[0].id == "docs:0"
     assert obelics(root, record | {"general_metadata": "[broken"})[0].id == "docs:0"
@@ -263,7 +263,7 @@ def preferences(root, **record) -> PreferenceJsonl:
 
 def test_preferences_pair(root):
     pair = preferences(root, id=3, image="a.png", question="What?", chosen="A dot.", rejected="A cat.")[0]
-    assert (pair.id, pair.source, pair.chosen, pair.rejected) == ("3", "pairs", "A dot.", "A cat.")
+    assert (pair.id, pair.source, pair.chosen, pair.rejected) == ("3#0", "pairs", "A dot.", "A cat.")
     assert outline(pair) == [("user", ["<a.png>", "What?"])]
     pair = preferences(root, images=["a.png", "b.png"], prompt="<image>, <image>?", chosen="x", rejected="y")[0]
     assert outline(pair) == [("user", ["<a.png>", ", ", "<b.png>", "?"])]
@@ -285,6 +285,29 @@ def test_preferences_pair(root):
 def test_preferences_bad_pairs_are_skipped_with_a_reason(root, change, reason):
     record = {"prompt": "What?", "chosen": "A dot.", "rejected": "A cat."} | change
     assert skip_of(preferences(root, **record)).reason == reason
+
+
+def test_records_that_give_one_id_have_ids_of_their_own(root):
+    chat = llava(root, talk("a", "b", id=1), talk("c", "d", id="1"), talk("e", "f"), lines=True)
+    assert [chat[index].id for index in range(3)] == ["1#0", "1#1", "chat:2"]
+    path = root.parent / "same.jsonl"
+    path.write_text('{"id": "x", "images": [null], "texts": ["a"]}\n' * 2)
+    assert [ObelicsJsonl(path)[index].id for index in range(2)] == ["x#0", "x#1"]
+    path.write_text('{"id": "x", "prompt": "a?", "chosen": "b", "rejected": "c"}\n' * 2)
+    assert [PreferenceJsonl(path)[index].id for index in range(2)] == ["x#0", "x#1"]
+
+
+def test_records_nested_too_deeply_spoil_only_themselves(root):
+    deep = "[" * 100_000 + "]" * 100_000
+    path = root.parent / "deep.jsonl"
+    path.write_text(f'{{"question": "a", "answer": "b"}}\n{{"id": {deep}}}\n{{"question": "a", "answer": "c"}}\n')
+    source = LlavaJson(path)
+    assert skip_of(source, 1).reason == SkipReason.BAD_RECORD
+    assert outline(source[2])[1] == ("assistant", ["c"])
+    path.write_text(f"[{deep}]")
+    with pytest.raises(ValueError, match=r"deep\.jsonl: expected a JSON array"):
+        LlavaJson(path)
+    assert obelics(root, {"images": [None], "texts": ["a"], "general_metadata": deep})[0].id == "docs:0"
 
 
 def test_fingerprint_tells_sizes_and_names_and_not_folders(root):

@@ -127,6 +127,34 @@ def test_state_of_other_sources_is_refused_by_name():
         changed.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratios": [1, 1]}, r"mixture state: expected shares \[0.5, 0.5\], got"),
+        ({"max_tokens": 91}, "packer state: expected max_tokens 91, got max_tokens 90"),
+        ({"look_ahead": 5}, "packer state: expected look_ahead 5, got look_ahead 6"),
+        ({"max_samples": 2}, "packer state: expected max_samples 2, got max_samples None"),
+    ],
+)
+def test_state_of_other_settings_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        stream(**change).load_state_dict(stream().state_dict())
+
+
+def test_waiting_sample_that_has_become_too_long_is_an_error():
+    data = stream()
+    for _ in range(4):
+        next(data)
+
+    def grown(sample):
+        return Encoded("", 91)
+
+    sources = [source("long", 40), source("short", 9)]
+    after = Stream(sources, grown, ratios=[2, 1], max_tokens=90, seed=5, look_ahead=6)
+    with pytest.raises(ValueError, match=r"waiting sample .*: expected at most 90 tokens, got 91"):
+        after.load_state_dict(data.state_dict())
+
+
 def test_waiting_sample_that_is_gone_on_resume_is_an_error():
     data = stream()
     for _ in range(4):
@@ -135,7 +163,8 @@ def test_waiting_sample_that_is_gone_on_resume_is_an_error():
     def spoilt(sample):
         raise SkipSample(SkipReason.UNREADABLE_FILE, "gone")
 
-    after = Stream([source("long", 40), source("short", 9)], spoilt, ratios=[2, 1], max_tokens=90, seed=5)
+    sources = [source("long", 40), source("short", 9)]
+    after = Stream(sources, spoilt, ratios=[2, 1], max_tokens=90, seed=5, look_ahead=6)
     with pytest.raises(ValueError, match="expected the sample that waited when saved"):
         after.load_state_dict(data.state_dict())
 

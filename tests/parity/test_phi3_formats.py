@@ -160,9 +160,9 @@ def test_greedy_tokens_across_the_original_window_equal_transformers(variant: st
     assert tokens == expected[0, length:].tolist()
 
 
-def test_transformers_reads_our_dtype_tokenizer_template_and_generation(tmp_path: Path) -> None:
+def test_transformers_reads_our_dtype_and_generation_config(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["what is left of the red square?", "a blue circle"] * 9, vocab_size=300)
-    chat = ChatTemplate(tokenizer, system="Answer in 'a few' words.")
+    chat = ChatTemplate(tokenizer)
     model = _model(msgspec.structs.replace(MINI_4K, vocab_size=320)).to(torch.bfloat16)
     generation = GenerationDefaults(
         stop_ids=chat.stop_ids,
@@ -175,12 +175,29 @@ def test_transformers_reads_our_dtype_tokenizer_template_and_generation(tmp_path
     assert (theirs.do_sample, theirs.temperature, theirs.top_p) == (True, 0.7, 0.9)
     assert (theirs.repetition_penalty, theirs.max_new_tokens) == (1.1, 33)
 
-    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    text = " a blue <|user|>?"
-    assert their_tokenizer(text, add_special_tokens=False).input_ids == tokenizer.encode_with_control(text)
+
+@pytest.mark.parametrize("kind", ["phi3", "phi3 with system and bos", "chatml"])
+def test_transformers_encodes_text_and_chats_as_we_do(kind: str, tmp_path: Path) -> None:
+    phi3, chatml = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], ["<|im_start|>", "<|im_end|>"]
+    markers = chatml if kind == "chatml" else phi3
+    texts = ["what is left of the red square?", "a blue circle", "system user assistant"] * 9
+    tokenizer = train_tokenizer(texts, vocab_size=320, control_tokens=["<s>", "<|endoftext|>", *markers])
+    if kind == "chatml":
+        chat = ChatTemplate(tokenizer, kind="chatml")
+    elif kind == "phi3":
+        chat = ChatTemplate(tokenizer)
+    else:
+        chat = ChatTemplate(tokenizer, system="Answer in 'a few' words.", has_bos=True)
+    save_huggingface(tmp_path, _model(msgspec.structs.replace(MINI_4K, vocab_size=320)), tokenizer, chat=chat)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = f" a blue {markers[1]}?"
+    assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode_with_control(text)
     turns = [("user", "what is left?"), ("assistant", "a blue circle"), ("user", "and right?")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    theirs_ids = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert theirs_ids == chat.encode([(role, [content]) for role, content in turns], is_prompt=True).ids
-    own = their_tokenizer.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == chat.encode([(role, [content]) for role, content in turns], is_prompt=True).ids
+    own = theirs.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
     assert own == chat.render([("system", ["x"])])
+    again = load_lm(tmp_path).chat
+    assert again is not None
+    assert again.kind == chat.kind

@@ -182,7 +182,7 @@ def test_a_llama_folder_gives_the_same_model(folder: Path) -> None:
         ({"hidden_size": "16"}, "Expected `int`, got `str`.*hidden_size"),
         ({"num_hidden_layers": 0}, "num_layers: expected a value above 0, got 0"),
         ({"num_hidden_layers": 3}, r"missing \(6\): model.layers.2.input_layernorm.weight"),
-        ({"intermediate_size": 24}, r"model.layers.0.mlp.down_proj.weight: expected \[16, 24\] in all, got \[16, 20\]"),
+        ({"intermediate_size": 24}, r"model.layers.0.mlp.down_proj.weight: expected \[16, 24\], got \[16, 20\]"),
         ({"vocab_size": 200}, "tokenizer: expected at most 200 ids, .* got 2..; it is another model's"),
     ],
     ids=str,
@@ -241,7 +241,7 @@ def test_missing_unexpected_and_misshaped_tensors_come_in_one_error(folder: Path
     assert "nothing was loaded" in message
     assert "missing (1): model.norm.weight" in message
     assert "unexpected (2): lm_head.bias; model.layers.0.self_attn.qkv_proj.bias" in message
-    assert "model.layers.1.mlp.down_proj.weight: expected [16, 20] in all, got [20, 16]" in message
+    assert "model.layers.1.mlp.down_proj.weight: expected [16, 20], got [20, 16]" in message
 
 
 def test_missing_tensors_that_are_allowed_are_drawn_anew_and_named(folder: Path) -> None:

@@ -4,7 +4,16 @@ import msgspec
 import pytest
 import torch
 
-from phi3_lite import FINISHED, Phi3, Phi3Config, SamplingConfig, choose_tokens, collect, generate
+from phi3_lite import (
+    FINISHED,
+    Phi3,
+    Phi3Config,
+    SamplingConfig,
+    choose_tokens,
+    collect,
+    generate,
+    penalise_repeats,
+)
 
 TINY = Phi3Config(
     vocab_size=23, width=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_width=20, sliding_window=6, init_std=0.4
@@ -158,3 +167,79 @@ def test_logits_that_are_all_equal_sample_within_the_vocabulary() -> None:
     )
     assert all(0 <= token < 5 for token in tokens.tolist())
     assert len(set(tokens.tolist())) == 4
+
+
+def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
+    seen = torch.tensor([[True, True, False, False]])
+    penalised = penalise_repeats(torch.tensor([[3.0, -2.0, 3.0, -2.0]]), seen, 1.5)
+    assert penalised.tolist() == [[2.0, -3.0, 3.0, -2.0]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_repetition_penalty_counts_each_rows_prompt_and_answer(temperature: float) -> None:
+    model, inputs, bounds = _prompts()
+    sampling = SamplingConfig(max_new_tokens=10, temperature=temperature, repetition_penalty=1.7)
+    prompt_ids = [[row, row + 5] for row in range(len(LENGTHS))]
+
+    def run(stops: list[list[int]]) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(0)
+        return collect(generate(model, inputs, bounds, sampling, stops, generator, prompt_ids=prompt_ids))
+
+    # rows that end at different times: the table of seen tokens must follow its row through the cuts
+    stops = [[tokens[row]] for row, tokens in enumerate(run([[]] * len(LENGTHS)))]
+    found = run(stops)
+    numbers = torch.Generator().manual_seed(0)
+    uniforms = [torch.rand(len(LENGTHS), generator=numbers) for _ in range(10 if temperature else 0)]
+    for row, prompt in enumerate(inputs.split(LENGTHS)):
+        said: list[int] = []
+        for step in range(10):
+            with torch.no_grad():
+                hidden = model(torch.cat([prompt, model.embed(torch.tensor(said, dtype=torch.int64))]))
+                logits = model.logits(hidden[-1:])[0]
+            for token in {*prompt_ids[row], *said}:
+                logits[token] = logits[token] * 1.7 if logits[token] < 0 else logits[token] / 1.7
+            said.append(int(choose_tokens(logits[None], sampling, uniforms[step][row : row + 1] if uniforms else None)))
+            if said[-1] in stops[row]:
+                break
+        assert found[row] == said
+    plain = msgspec.structs.replace(sampling, repetition_penalty=1.0)
+    assert found != collect(generate(model, inputs, bounds, plain, stops, torch.Generator().manual_seed(0)))
+
+
+def test_penalty_without_prompt_ids_counts_what_was_generated() -> None:
+    model, inputs, bounds = _prompts()
+    # so strong that a token with a positive logit never comes twice
+    tokens = collect(generate(model, inputs, bounds, SamplingConfig(max_new_tokens=6, repetition_penalty=1e6)))
+    assert all(len(set(row)) == 6 for row in tokens)
+    assert any(len(set(row)) < 6 for row in collect(generate(model, inputs, bounds, SamplingConfig(max_new_tokens=6))))
+
+
+@pytest.mark.parametrize("prompt_ids", [[[1]], [[1], [2], [3], [4], [23]], [[1], [2], [3], [4], [-1]]])
+def test_prompt_ids_that_fit_no_row_or_no_token_raise(prompt_ids: list[list[int]]) -> None:
+    model, inputs, bounds = _prompts()
+    with pytest.raises(ValueError, match="prompt_ids: expected ids below 23 for each of 5 rows"):
+        next(generate(model, inputs, bounds, SamplingConfig(repetition_penalty=2.0), prompt_ids=prompt_ids))
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0])
+def test_penalty_that_is_not_positive_raises(penalty: float) -> None:
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        SamplingConfig(repetition_penalty=penalty)
+
+
+def test_rows_end_where_the_caller_says_and_disturb_no_other() -> None:
+    model, inputs, bounds = _prompts()
+    sampling = SamplingConfig(max_new_tokens=9)
+    free = collect(generate(model, inputs, bounds, sampling))
+    asked: list[list[int]] = []
+
+    def ends(tokens: torch.Tensor) -> torch.Tensor:
+        asked.append(tokens.tolist())
+        # each row is to end with its step number `row`
+        return torch.tensor([len(asked) == row + 1 for row in range(len(LENGTHS))])
+
+    assert collect(generate(model, inputs, bounds, sampling, ends=ends)) == [
+        row[: index + 1] for index, row in enumerate(free)
+    ]
+    assert len(asked) == len(LENGTHS)
+    assert asked[1][0] == FINISHED

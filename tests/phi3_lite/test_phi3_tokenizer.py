@@ -285,6 +285,45 @@ def test_files_that_are_no_tokenizer_raise(text: str) -> None:
         SentencePieceTokenizer(text.encode())
 
 
+def _without(spec: dict, *path: str | int) -> dict:
+    """Take out the last key of the path."""
+    spec = json.loads(json.dumps(spec))
+    place = spec
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    return spec
+
+
+def test_damaged_tokenizer_json_raises_value_error_wherever_it_is_damaged() -> None:
+    spec = json.loads(train_tokenizer(TEXTS, 300).to_json())
+    paths = [("model", "vocab"), ("model", "merges"), ("added_tokens", 0, "content"), ("added_tokens", 0, "id")]
+    damaged = [_without(spec, *path) for path in (*paths, ("decoder", "decoders", 1, "content"), ("decoder", "type"))]
+    damaged += [
+        {**spec, "model": {**spec["model"], "merges": [["a", "not there"]]}},
+        {**spec, "normalizer": {"type": "unheard of"}},
+        {**spec, "added_tokens": 3},
+        {**spec, "model": {**spec["model"], "vocab": {**spec["model"]["vocab"], "界": 299}}},
+    ]
+    for change in damaged:
+        with pytest.raises(ValueError, match=r"tokenizer\.json: expected"):
+            HFTokenizer(json.dumps(change))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizer description"):
+        HFTokenizer('{"model": ' + "[" * 100_000 + "]" * 100_000 + "}")
+
+
+def test_truncation_and_padding_in_the_file_are_switched_off() -> None:
+    trained = train_tokenizer(TEXTS, 330)
+    backend = Backend.from_str(trained.to_json())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50)
+    again = HFTokenizer(backend.to_str())
+    for text in ("two", TEXTS[0]):
+        assert again.encode(text) == trained.encode(text)
+        assert again.encode_with_control(text) == trained.encode_with_control(text)
+    assert again.to_json() == trained.to_json()
+
+
 def test_control_id_on_a_piece_of_the_model_raises(shared_data: Path) -> None:
     path = shared_data / "tokenizers" / "llama-sentencepiece" / "tokenizer.model"
     with pytest.raises(ValueError, match=r"got \['<\|end\|>'\]"):

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
@@ -232,13 +231,6 @@ def test_texts_hold_every_word_of_the_exam(exams) -> None:
         word for talks in exams.values() for t in talks for q in t.questions for word in re.findall(r"\w+", q.answer)
     }
     assert asked | answered <= known
-
-
-def test_drawing_a_picture_takes_two_milliseconds_at_most() -> None:
-    start = time.process_time()
-    for index in range(120):
-        TRAIN.picture(index)
-    assert (time.process_time() - start) / 120 < 0.002
 
 
 def test_boxes_score_by_overlap_and_strings_by_equality() -> None:

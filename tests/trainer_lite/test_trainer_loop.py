@@ -1,5 +1,6 @@
 """The loop: what a step computes, what it refuses to do, what it writes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from blip3_lite import read_manifest
 from trainer_lite import (
     LossSum,
     NonFiniteError,
@@ -17,6 +19,7 @@ from trainer_lite import (
     ScheduleConfig,
     StopFlag,
     TrainConfig,
+    read_metrics,
     samples_digest,
 )
 
@@ -214,10 +217,20 @@ def test_evaluation_leaves_the_random_state_alone(tiny):
     assert torch.equal(weights(plain), weights(evaluated))
 
 
-def test_samples_digest_tells_order_and_borders():
-    digests = {samples_digest(ids) for ids in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", ""], [])}
-    assert len(digests) == 5
-    assert all(len(digest) == 16 for digest in digests)
+def test_ids_that_are_no_utf8_are_logged(tiny, tmp_path):
+    """A file name may hold such bytes; Python shows them as surrogates."""
+
+    class Named(tiny.stream):
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield dataclasses.replace(batch, sample_ids=["\udcff.png"])
+
+    run = RunFolder.create(tmp_path / "run", {})
+    trainer = tiny.trainer(config(2), model=Poisoned(tiny.model(), {1}, "loss"), stream=Named(), run=run)
+    trainer.fit()
+    first, _ = read_metrics(run.metrics.path)
+    assert first.samples_digest == samples_digest(["\udcff.png"])
+    assert json.loads(run.nonfinite_path.read_text())["sample_ids"] == [r"\udcff.png"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -251,6 +264,27 @@ def test_stop_flag_shared_by_stages(tiny):
     stop.set("later reason")
     result = tiny.trainer(config(9), stop=stop).fit()
     assert (result.reason, result.counters.step, stop.reason) == ("stopped", 0, "time is up")
+
+
+def test_stop_before_the_first_step_leaves_the_end_of_the_stage_before(tiny, tmp_path):
+    run = RunFolder.create(tmp_path / "run", {})
+    first = tiny.trainer(config(2), run=run, with_files=True, stage="pretrain").fit()
+    before = {path.name: path.read_bytes() for path in first.checkpoint.iterdir()}
+    stop = StopFlag()
+    stop.set()
+    for more in ({"stop": stop}, {"stream": tiny.stream(length=0)}):
+        second = tiny.trainer(config(2), run=run, with_files=True, stage="sft", first_step=2, **more).fit()
+        assert (second.counters.step, second.checkpoint) == (0, None)
+        assert {path.name: path.read_bytes() for path in first.checkpoint.iterdir()} == before
+    assert run.checkpoints() == [first.checkpoint]
+
+
+def test_stop_in_the_last_step_ends_a_whole_stage(tiny, tmp_path):
+    run = RunFolder.create(tmp_path / "run", {})
+    stop = StopFlag()
+    result = tiny.trainer(config(1), run=run, with_files=True, stop=stop, on_step=lambda record: stop.set()).fit()
+    assert (result.reason, stop.is_set) == ("max_steps", True)
+    assert read_manifest(result.checkpoint)["is_kept"] is True
 
 
 class Broken:

@@ -5,9 +5,10 @@ from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import save as save_tensors
 
 import trainer_lite.train_state
-from blip3_lite.folder import CheckpointError
+from blip3_lite import CheckpointError, write_folder
 from trainer_lite import OptimizerConfig, Optimizers, RunFolder, ScheduleConfig, TrainConfig
 
 STEPS, CUT = 20, 10
@@ -139,6 +140,51 @@ def test_resume_refuses_another_stage(tiny, tmp_path):
         ValueError, match="expected stage 'dpo', got 'sft'; resume that stage, or start this one from its"
     ):
         trainer.resume(run.checkpoints()[0])
+
+
+def rewritten(run: RunFolder, changed: str, content: bytes):
+    """The checkpoint with one other file under a manifest that fits, so that only a look inside can tell."""
+    folder = run.checkpoints()[0]
+    contents = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "MANIFEST.json"}
+    contents[changed] = content
+    write_folder(folder, {name: lambda path, data=data: path.write_bytes(data) for name, data in contents.items()}, {})
+    return folder
+
+
+def state(run: RunFolder) -> dict:
+    return json.loads((run.checkpoints()[0] / "state.json").read_text())
+
+
+def test_resume_refuses_other_trainable_parameters(tiny, tmp_path):
+    run = cut_run(tiny, tmp_path / "cut")
+    trainer = tiny.trainer(config(), run=run, with_files=True, stage="sft")
+    frozen, kept = tiny.model(), trainer.optimizers
+    frozen.network[0].requires_grad_(False)
+    fewer = tiny.trainer(config(), model=frozen, run=run, with_files=True, stage="sft")
+    with pytest.raises(ValueError, match=r"got 0\.weight: trained in the checkpoint only; 0\.bias: trained in"):
+        fewer.resume(run.checkpoints()[0], accept_changes=True)
+    saved = state(run)
+    assert saved["parameters"].keys() == kept.parameters.keys()
+    del saved["parameters"]["0.bias"]
+    with pytest.raises(ValueError, match=r"expected the same trainable parameters, got 0\.bias: trained now only;"):
+        trainer.resume(rewritten(run, "state.json", json.dumps(saved).encode()))
+
+
+def test_resume_refuses_an_optimiser_file_without_its_tensors(tiny, tmp_path):
+    run = cut_run(tiny, tmp_path / "cut")
+    trainer = tiny.trainer(config(), run=run, with_files=True, stage="sft")
+    with pytest.raises(ValueError, match=r"tensors that state\.json names, got 0, at odds in 0\.bias/exp_avg"):
+        trainer.resume(rewritten(run, "optimizer.safetensors", save_tensors({})))
+
+
+@pytest.mark.parametrize("content", [b'{"format": 2}', b'{"stage": "\xff"}'])
+def test_resume_refuses_a_state_of_another_form(tiny, tmp_path, content):
+    run = cut_run(tiny, tmp_path / "cut")
+    trainer = tiny.trainer(config(), run=run, with_files=True, stage="sft")
+    if b"format" in content:
+        content = json.dumps({**state(run), "format": 2}).encode()
+    with pytest.raises(ValueError, match=r"state\.json: expected a training state of format 1, got: "):
+        trainer.resume(rewritten(run, "state.json", content))
 
 
 def test_resume_refuses_a_damaged_checkpoint(tiny, tmp_path):

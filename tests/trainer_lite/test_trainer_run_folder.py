@@ -81,7 +81,7 @@ def test_failed_save_leaves_everything_as_it_was(tmp_path):
     assert sorted(path.name for path in run.checkpoints_path.iterdir()) == ["latest", "step-00000001"]
 
 
-@pytest.mark.parametrize("damage", ["manifest missing", "file missing", "file cut", "bit flipped"])
+@pytest.mark.parametrize("damage", ["manifest missing", "manifest garbled", "file missing", "file cut", "bit flipped"])
 def test_find_checkpoint_falls_back_and_names_the_damage(tmp_path, damage):
     run = RunFolder(tmp_path)
     save(run, 1)
@@ -89,6 +89,8 @@ def test_find_checkpoint_falls_back_and_names_the_damage(tmp_path, damage):
     folder = run.checkpoints_path / "step-00000002"
     if damage == "manifest missing":
         (folder / "MANIFEST.json").unlink()
+    elif damage == "manifest garbled":
+        (folder / "MANIFEST.json").write_bytes(b'{"files": {"\xff": {}}}')
     elif damage == "file missing":
         (folder / "a.txt").unlink()
     else:
@@ -97,7 +99,16 @@ def test_find_checkpoint_falls_back_and_names_the_damage(tmp_path, damage):
     assert found.path == run.checkpoints_path / "step-00000001"
     assert len(found.refused) == 1
     assert "step-00000002" in found.refused[0]
-    assert ("MANIFEST.json" if damage == "manifest missing" else "a.txt") in found.refused[0]
+    assert ("MANIFEST.json" if "manifest" in damage else "a.txt") in found.refused[0]
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(tmp_path):
+    run = RunFolder(tmp_path)
+    save(run, 1)
+    save(run, 2)
+    (run.checkpoints_path / "step-00000002" / "MANIFEST.json").unlink()
+    save(run, 2)
+    assert run.find_checkpoint().path == run.checkpoints_path / "step-00000002"
 
 
 def test_find_checkpoint_prefers_latest_and_survives_its_loss(tmp_path):
@@ -107,6 +118,8 @@ def test_find_checkpoint_prefers_latest_and_survives_its_loss(tmp_path):
     save(run, 2)
     write_atomically(run.latest_path, b"step-00000001\n")
     assert run.find_checkpoint().path == run.checkpoints_path / "step-00000001"
+    write_atomically(run.latest_path, b"\xff")
+    assert run.find_checkpoint().path == run.checkpoints_path / "step-00000002"
     run.latest_path.unlink()
     assert run.find_checkpoint().path == run.checkpoints_path / "step-00000002"
 
@@ -151,13 +164,15 @@ def test_metrics_survive_a_cut_line_and_a_loss_that_is_not_finite(tmp_path):
     assert [line.step for line in read_metrics(log.path)] == [1, 2, 3]
 
 
-def test_metrics_line_that_is_no_record(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    MetricsLog(path).append(record("sft", 1))
-    with path.open("ab") as file:
-        file.write(b'{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected a step record, got b'\{\"step\": 2\}"):
-        read_metrics(path)
+@pytest.mark.parametrize("line", [b'{"step": 2}', b'{"stage": "\xff"}', b"[]"])
+def test_metrics_line_that_is_no_record(tmp_path, line):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(record("sft", 1))
+    with log.path.open("ab") as file:
+        file.write(line + b"\n")
+    for read in (read_metrics, lambda path: log.rewind("sft", 9)):
+        with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected a step record, got b"):
+            read(log.path)
 
 
 def test_phase_timer_adds_up_and_counts_failed_phases():

@@ -72,7 +72,11 @@ def test_no_pickle_is_read_or_written(texts: dict[Path, str]) -> None:
         r"^\s*(?:import|from) (?:pickle|dill|joblib|cloudpickle|shelve)\b|\btorch\.(?:load|save)\(", re.M
     )
     sources = {p: text for p, text in texts.items() if p.suffix == ".py" and "tests" not in p.parts}
-    assert [(str(p), m[0]) for p, text in sources.items() for m in pattern.finditer(text)] == []
+    found = [(p.name, m[0]) for p, text in sources.items() for m in pattern.finditer(text)]
+    # The one exception, which asks its user first and reads tensors only.
+    assert found == [("pickled.py", "torch.load(")]
+    (exception,) = (text for p, text in sources.items() if p.name == "pickled.py")
+    assert exception.count("torch.load(") == exception.count("weights_only=True, mmap=True)") == 1
 
 
 def test_package_says_that_it_is_typed(member) -> None:

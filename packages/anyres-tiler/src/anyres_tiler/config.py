@@ -11,12 +11,14 @@ XGEN_MM_GRIDS: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1
 class TilingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One way of turning an image into square tiles; the defaults are those of xGen-MM v1.5 fine-tuning."""
 
-    kind: Literal["base", "anyres"] = "anyres"
-    """`base`: one view of the whole image. `anyres`: a thumbnail, then the tiles of the best-fitting grid."""
+    kind: Literal["base", "anyres", "anyres_fixed"] = "anyres"
+    """`base`: one view of the whole image. `anyres`: a thumbnail, then the tiles of the best-fitting grid, each with
+    image tokens of its own (xGen-MM's patch sampling). `anyres_fixed`: the same views, read together into the tokens of
+    one (fixed sampling)."""
     tile_px: int = 384
     """Side of a tile in pixels: the input size of the vision tower."""
     grids: tuple[tuple[int, int], ...] = XGEN_MM_GRIDS
-    """Allowed (columns, rows), in order of preference among equals; used by `anyres` only.
+    """Allowed (columns, rows), in order of preference among equals; not used by `base`.
 
     (1, 1) is the thumbnail alone."""
     base_fit: Literal["squash", "pad"] = "squash"

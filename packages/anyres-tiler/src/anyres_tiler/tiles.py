@@ -84,9 +84,9 @@ def tile_image(image: Image.Image, cfg: TilingConfig) -> Tiles:
     columns, rows = (1, 1) if cfg.kind == "base" else choose_grid(image.size, cfg.grids, cfg.tile_px)
     has_thumbnail = columns * rows > 1
     canvas_px = (columns * cfg.tile_px, rows * cfg.tile_px)
-    is_squashed = not has_thumbnail and (cfg.kind == "anyres" or cfg.base_fit == "squash")
+    is_squashed = not has_thumbnail and (cfg.kind != "base" or cfg.base_fit == "squash")
     fitted_px = canvas_px if is_squashed else fit_size(image.size, canvas_px)
-    fill = _ANYRES_FILL if cfg.kind == "anyres" else _BASE_FILL
+    fill = _BASE_FILL if cfg.kind == "base" else _ANYRES_FILL
 
     left, top = (canvas_px[0] - fitted_px[0]) // 2, (canvas_px[1] - fitted_px[1]) // 2
     canvas = Image.new("RGB", canvas_px, fill)

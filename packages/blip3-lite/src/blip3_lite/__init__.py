@@ -8,15 +8,21 @@ if TYPE_CHECKING:
     from .batch import EncodedSample as EncodedSample
     from .batch import PackedBatch as PackedBatch
     from .batch import collate as collate
+    from .checkpoint import WEIGHTS as WEIGHTS
     from .checkpoint import LoadedModel as LoadedModel
     from .checkpoint import load_model as load_model
+    from .checkpoint import load_tensors as load_tensors
+    from .checkpoint import model_writers as model_writers
     from .checkpoint import newest_checkpoint as newest_checkpoint
     from .checkpoint import save_model as save_model
     from .config import Blip3Config as Blip3Config
     from .config import CheckpointConfig as CheckpointConfig
     from .features import FeatureCache as FeatureCache
     from .folder import CheckpointError as CheckpointError
+    from .folder import read_manifest as read_manifest
+    from .folder import write_folder as write_folder
     from .fusion import place_image_tokens as place_image_tokens
+    from .generation import Collate as Collate
     from .generation import answer_batch as answer_batch
     from .generation import generate_steps as generate_steps
     from .generation import stream_answer as stream_answer
@@ -26,10 +32,12 @@ if TYPE_CHECKING:
     from .processor import user_turn as user_turn
 
 __all__ = [
+    "WEIGHTS",
     "Blip3",
     "Blip3Config",
     "CheckpointConfig",
     "CheckpointError",
+    "Collate",
     "EncodedSample",
     "FeatureCache",
     "LoadedModel",
@@ -40,26 +48,36 @@ __all__ = [
     "collate",
     "generate_steps",
     "load_model",
+    "load_tensors",
     "load_tokenizer",
+    "model_writers",
     "newest_checkpoint",
     "place_image_tokens",
+    "read_manifest",
     "save_model",
     "stream_answer",
     "user_turn",
+    "write_folder",
 ]
 _HOMES = {
     "Blip3Config": "config",
     "CheckpointConfig": "config",
     "CheckpointError": "folder",
+    "read_manifest": "folder",
+    "write_folder": "folder",
     "EncodedSample": "batch",
     "PackedBatch": "batch",
     "collate": "batch",
     "FeatureCache": "features",
+    "WEIGHTS": "checkpoint",
     "LoadedModel": "checkpoint",
     "load_model": "checkpoint",
+    "load_tensors": "checkpoint",
+    "model_writers": "checkpoint",
     "newest_checkpoint": "checkpoint",
     "save_model": "checkpoint",
     "place_image_tokens": "fusion",
+    "Collate": "generation",
     "SamplingConfig": "generation",
     "answer_batch": "generation",
     "generate_steps": "generation",

@@ -17,7 +17,7 @@ class EncodedSample:
     id: str
     source: str
     ids: Int64[Tensor, " t"]
-    """Token ids; an image slot holds the `<image>` id, which the model never embeds."""
+    """Token ids; an image slot holds the `<image>` id, whose embedding an image token replaces."""
     targets: Int64[Tensor, " t"]
     """The token that follows each position where it is to be learnt, else -100."""
     image_index: Int64[Tensor, " m"]
@@ -26,6 +26,10 @@ class EncodedSample:
     """Tiles of all images."""
     valid: Bool[Tensor, "p n"]
     """True = a patch of picture, False = padding that the connector must not see."""
+    tiles_per_image: tuple[int, ...] = ()
+    """Tiles of each image; they add up to p."""
+    feature_order: Int64[Tensor, " pn"] | None = None
+    """Order in which the connector takes the patch features, n to a group; None as they come (see `grouping`)."""
     tile_keys: tuple[str, ...] = ()
     """Digest of each tile, the key of cached features."""
 
@@ -57,6 +61,10 @@ class PackedBatch:
     valid: Bool[Tensor, "p n"]
     features: Float[Tensor, "p n d"] | None = None
     """The frozen tower's output for the tiles, where it was kept."""
+    tiles_per_image: tuple[int, ...] = ()
+    """Tiles of each image; they add up to p."""
+    feature_order: Int64[Tensor, " pn"] | None = None
+    """Order in which the connector takes the patch features, n to a group; None as they come (see `grouping`)."""
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +83,17 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
-        names = ("ids", "targets", "positions", "cu_seqlens", "image_index", "tiles", "valid", "features")
+        names = (
+            "ids",
+            "targets",
+            "positions",
+            "cu_seqlens",
+            "image_index",
+            "tiles",
+            "valid",
+            "features",
+            "feature_order",
+        )
         return replace(
             self, **{name: value.to(device) for name in names if isinstance(value := getattr(self, name), Tensor)}
         )
@@ -107,4 +125,20 @@ def collate(samples: Sequence[EncodedSample], features: Float[Tensor, "p n d"] |
         tiles=torch.cat([sample.tiles for sample in samples]) if features is None else None,
         valid=torch.cat([sample.valid for sample in samples]),
         features=features,
+        tiles_per_image=tuple(count for sample in samples for count in sample.tiles_per_image),
+        feature_order=_joined_order(samples),
     )
+
+
+def _joined_order(samples: Sequence[EncodedSample]) -> Int64[Tensor, " pn"] | None:
+    """The samples' feature orders as one over all their tiles."""
+    if all(sample.feature_order is None for sample in samples):
+        return None
+    orders: list[Tensor] = []
+    start = 0
+    for sample in samples:
+        count = sample.valid.numel()
+        order = torch.arange(count) if sample.feature_order is None else sample.feature_order
+        orders.append(order + start)
+        start += count
+    return torch.cat(orders)

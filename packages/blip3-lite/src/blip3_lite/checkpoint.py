@@ -3,21 +3,23 @@
 No pickle is read or written and no code comes from a checkpoint.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_lite
+import weight_files
+from weight_files import SafetensorsFiles, WeightsError, same_names, unique_tensors
 
 from .config import CheckpointConfig
 from .folder import CheckpointError, read_manifest, write_folder
-from .model import Blip3
+from .model import Blip3, undrawn_model
 from .processor import Processor, load_tokenizer
 
 CONFIG = "config.json"
@@ -50,13 +52,46 @@ class LoadedModel:
 def model_writers(
     model: Blip3, processor: Processor, lora: lora_lite.LoraConfig | None = None
 ) -> dict[str, Callable[[Path], object]]:
-    """Name → writer of each file that a model checkpoint is made of; a training checkpoint adds its own."""
+    """Name → writer of each file that a model checkpoint is made of; a training checkpoint adds its own.
+
+    `lora`: the config of the adapters that are attached to `model.lang_model`, unmerged; None if there are none.
+
+    Raises:
+        CheckpointError: the model's adapters are others, elsewhere or merged: it could not be loaded again as it is.
+    """
+    _check_adapters(model, lora)
     config = CheckpointConfig(model=model.cfg, lora=lora, tokenizer_file=processor.tokenizer_file)
     return {
         CONFIG: lambda path: path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2)),
         WEIGHTS: lambda path: save_file(_tensors_to_save(model), path),
         processor.tokenizer_file: processor.save_tokenizer,
     }
+
+
+def _check_adapters(model: Blip3, lora: lora_lite.LoraConfig | None) -> None:
+    layers = lora_lite.lora_layers(model)
+    if lora is None:
+        if layers:
+            raise CheckpointError(
+                f"adapters: expected none (no LoRA config was given), got {len(layers)}, the first at {layers[0][0]}; "
+                "give their config, or merge_and_remove them"
+            )
+        return
+    if not layers:
+        raise CheckpointError(f"adapters: expected those of {lora}, got none; attach them, or save without a config")
+    for name, layer in layers:
+        if not name.startswith("lang_model."):
+            raise CheckpointError(
+                f"adapter of {name}: expected adapters in lang_model only, got one elsewhere; merge_and_remove it first"
+            )
+        if layer.is_merged:
+            raise CheckpointError(f"adapter of {name}: expected it apart, got it merged; unmerge the adapters first")
+        rank = layer.lora_a.shape[0]
+        if (rank, layer.scale) != (lora.rank, lora.scale):
+            raise CheckpointError(
+                f"adapter of {name}: expected rank {lora.rank}, scale {lora.scale:g}, got rank {rank}, scale "
+                f"{layer.scale:g}; give the config that it was attached with"
+            )
 
 
 def save_model(
@@ -67,7 +102,12 @@ def save_model(
     lora: lora_lite.LoraConfig | None = None,
     manifest: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a checkpoint folder at `path`, all or nothing. `lora`: the config of adapters attached to `model`."""
+    """Write a checkpoint folder at `path`, all or nothing; `lora` as for `model_writers`.
+
+    Raises:
+        CheckpointError: the model's adapters do not fit `lora`, or `path` holds something that is no checkpoint.
+        OSError: the disk is full or read-only; an older checkpoint at `path` is still there.
+    """
     write_folder(path, model_writers(model, processor, lora), manifest or {})
 
 
@@ -81,27 +121,45 @@ def read_config(path: Path) -> CheckpointConfig:
         return msgspec.json.decode((path / CONFIG).read_bytes(), type=CheckpointConfig)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path}: expected {CONFIG}, got none; check the path") from error
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"checkpoint {path / CONFIG}: expected a model config, got: {error}; is it ours?"
         ) from error
 
 
-def load_model(path: Path, *, device: torch.device | str = "cpu", verify: bool = True) -> LoadedModel:
-    """Load a checkpoint folder; the tensors must be exactly those of its config.
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", verify: bool = True
+) -> LoadedModel:
+    """Load a checkpoint folder, frozen; the tensors must be exactly those of its config. No random number is drawn.
+
+    dtype: that of the parameters; by default the file's.
 
     Raises:
         CheckpointError: missing, half-written or damaged folder; missing, extra or misshaped tensors (all listed).
     """
-    read_manifest(path, verify)
+    manifest = read_manifest(path, verify)
+    _check_listed(path, manifest, [CONFIG])
     config = read_config(path)
+    _check_listed(path, manifest, [WEIGHTS, config.tokenizer_file])
     processor = Processor(config.model, load_tokenizer(path / config.tokenizer_file))
-    model = Blip3(config.model)
+    # Frozen before the adapters take note of it: merging them for good then leaves frozen matrices.
+    model = undrawn_model(config.model, _dtype_of(path / WEIGHTS) if dtype is None else dtype).requires_grad_(False)
     if config.lora is not None:
-        lora_lite.attach(model.lang_model, config.lora)
+        with torch.device("meta"):
+            lora_lite.attach(model.lang_model, config.lora)
+    model.to_empty(device=device).requires_grad_(False)
     load_tensors(model, path / WEIGHTS)
-    model.requires_grad_(False)
-    return LoadedModel(model.to(device).eval(), processor, config)
+    return LoadedModel(model.eval(), processor, config)
+
+
+def _check_listed(path: Path, manifest: Mapping[str, object], names: Iterable[str]) -> None:
+    """A file that the manifest does not list has not been verified."""
+    absent = [name for name in names if name not in cast(Mapping[str, object], manifest["files"])]
+    if absent:
+        raise CheckpointError(
+            f"checkpoint {path}: expected {', '.join(absent)} among the files of its manifest, got no such entry; "
+            "use another copy"
+        )
 
 
 def load_tensors(module: nn.Module, file: Path) -> None:
@@ -110,49 +168,25 @@ def load_tensors(module: nn.Module, file: Path) -> None:
     Raises:
         CheckpointError: an unreadable file, or names and shapes that differ; lists every one.
     """
-    expected = _unique_tensors(module)
     try:
-        with safe_open(file, framework="pt") as source:
-            shapes = {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
-            _compare_tensors(file, {name: tuple(tensor.shape) for name, tensor in expected.items()}, shapes)
-            with torch.no_grad():
-                for name, tensor in expected.items():
-                    tensor.copy_(source.get_tensor(name))
-    except (SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(
-            f"checkpoint {file}: expected a safetensors file, got: {error}; use another copy"
-        ) from error
-
-
-def _compare_tensors(file: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    misshaped = [
-        f"{name}: expected {list(expected[name])}, got {list(found[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if expected[name] != found[name]
-    ]
-    if missing or unexpected or misshaped:
-        lines = [f"checkpoint {file}: the tensors are not those of its config; nothing was loaded"]
-        lines += [f"  missing ({len(missing)}): {', '.join(missing)}"] if missing else []
-        lines += [f"  unexpected ({len(unexpected)}): {', '.join(unexpected)}"] if unexpected else []
-        lines += [f"  misshaped ({len(misshaped)}): {'; '.join(misshaped)}"] if misshaped else []
-        raise CheckpointError("\n".join(lines))
-
-
-def _unique_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """State by name, a tensor that goes by two names (a tied head) only once."""
-    seen: set[int] = set()
-    unique: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            unique[name] = tensor
-    return unique
+        with SafetensorsFiles(file) as source:
+            weight_files.load_tensors(source, unique_tensors(module), same_names(module))
+    except WeightsError as error:
+        raise CheckpointError(f"checkpoint {error}") from error
 
 
 def _tensors_to_save(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in _unique_tensors(module).items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in unique_tensors(module).items()}
+
+
+def _dtype_of(file: Path) -> torch.dtype:
+    """The one floating-point dtype of a file's tensors, float32 if there are several."""
+    try:
+        with SafetensorsFiles(file) as source:
+            found = {info.dtype for info in source.tensors.values() if info.dtype.is_floating_point}
+    except WeightsError as error:
+        raise CheckpointError(f"checkpoint {error}") from error
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def newest_checkpoint(root: Path) -> Path:

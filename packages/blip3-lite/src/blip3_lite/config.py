@@ -1,5 +1,8 @@
 """What a checkpoint's config.json says: the parts, how they are joined, and how images are cut."""
 
+from pathlib import PurePath
+from typing import Literal
+
 import msgspec
 
 from anyres_tiler.config import TilingConfig
@@ -30,8 +33,13 @@ class Blip3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     masks_padding_in_vision: bool = True
     """Whether patches of padding are hidden in the vision tower too, not only from the connector. The released models
     do not hide them there."""
+    tile_grouping: Literal["tiles", "bands"] = "tiles"
+    """Which features the connector reads together: those of a tile, or of a band of a row of tiles, as the released
+    any-resolution models do (see `blip3_lite.grouping`)."""
     system_prompt: str | None = None
     """Put before a conversation that has no system turn; None for none."""
+    image_separator: str = ""
+    """Text behind every image of a user's turn; the released models were taught with a newline there."""
 
     def __post_init__(self) -> None:
         """Check that neighbours fit."""
@@ -43,11 +51,14 @@ class Blip3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name, got, of, expected in joints:
             if got != expected:
                 raise ValueError(f"{name}: expected {expected} ({of}), got {got}; set both to the same value")
+        if self.tile_grouping == "bands" and self.tiling.kind != "anyres":
+            raise ValueError(
+                f"tile_grouping: expected tiles with tiling {self.tiling.kind}, got bands; bands are of anyres tiles"
+            )
 
-    @property
-    def num_image_tokens_per_tile(self) -> int:
-        """Tokens that one tile takes in the sequence."""
-        return self.connector.num_latents
+    def num_image_tokens(self, num_tiles: int) -> int:
+        """Tokens that an image of `num_tiles` tiles, thumbnail included, takes in the sequence."""
+        return self.connector.num_latents * (1 if self.tiling.kind == "anyres_fixed" else num_tiles)
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,9 +74,14 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Layout of the folder."""
 
     def __post_init__(self) -> None:
-        """Refuse layouts that this code does not know."""
+        """Refuse layouts that this code does not know, and files outside the folder."""
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"checkpoint format: expected {FORMAT_VERSION}, got {self.format_version}; "
                 "read it with the release that wrote it"
+            )
+        if PurePath(self.tokenizer_file).name != self.tokenizer_file or self.tokenizer_file in ("", ".."):
+            raise ValueError(
+                f"tokenizer_file: expected a plain file name, got {self.tokenizer_file!r}; "
+                "keep the tokenizer in the checkpoint folder"
             )

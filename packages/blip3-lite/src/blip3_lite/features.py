@@ -38,7 +38,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def features(self, samples: Sequence[EncodedSample]) -> Tensor:
-        """float[p, n, d]: features of all tiles of `samples`, in order."""
+        """float[p, n, d], on the model's device: features of all tiles of `samples`, in order."""
         missing: dict[str, tuple[Tensor, Tensor]] = {}
         for sample in samples:
             for key, tile, valid in zip(sample.tile_keys, sample.tiles, sample.valid, strict=True):
@@ -48,7 +48,10 @@ class FeatureCache:
         keys = list(missing)
         for start in range(0, len(keys), self.tiles_per_call):
             part = keys[start : start + self.tiles_per_call]
-            tiles, valid = (torch.stack(tensors) for tensors in zip(*(missing[key] for key in part), strict=True))
+            tiles, valid = (
+                torch.stack(tensors).to(self.model.device)
+                for tensors in zip(*(missing[key] for key in part), strict=True)
+            )
             fresh.update(zip(part, self.model.patch_features(tiles, valid).unbind(0), strict=True))
         for key, value in fresh.items():
             size = value.numel() * value.element_size()

@@ -18,6 +18,13 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, half-written, damaged, or made for something else."""
 
 
+class _FileEntry(msgspec.Struct, frozen=True):
+    """What the manifest says of one file."""
+
+    bytes: int
+    sha256: str
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -35,12 +42,17 @@ def file_sha256(path: Path) -> str:
 def write_folder(path: Path, writers: Mapping[str, Callable[[Path], object]], manifest: Mapping[str, object]) -> None:
     """Write the files of `writers` (name → function that writes that path) into `path`, all or nothing.
 
-    An older folder at `path` is replaced only once the new one is complete and on disk. What a killed writer left is
-    removed by the next one. `manifest` is stored in MANIFEST.json beside the sizes and digests of the files.
+    An older folder of this kind at `path` is replaced only once the new one is complete and on disk. What a killed
+    writer left is removed by the next one. `manifest` is stored in MANIFEST.json beside the sizes and digests of the
+    files.
 
     Raises:
-        OSError: the disk is full or read-only; `path` is then as it was before.
+        CheckpointError: something else is at `path`, a file or a folder with content but without a manifest; nothing
+            has been touched.
+        OSError: the disk is full or read-only; `path` is then as it was before, or the new folder where that was
+            complete already.
     """
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     replaced = path.parent / f".{path.name}.writing-old"
     if replaced.exists() and not path.exists():
@@ -64,11 +76,30 @@ def write_folder(path: Path, writers: Mapping[str, Callable[[Path], object]], ma
             path.rename(replaced)
         work.rename(path)
         _sync(path.parent)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        # The new folder is in its place: an old one that resists is left to the next writer.
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to write over what this module did not write: runs/demo/model may be replaced, runs/demo may not."""
+    if path.is_dir():
+        foreign = sorted(entry.name for entry in path.iterdir())
+        if not foreign or MANIFEST in foreign:
+            return
+        got = f"a folder without {MANIFEST} that holds {', '.join(foreign[:3])}"
+    elif path.exists() or path.is_symlink():
+        got = "a file" if path.is_file() else "neither a file nor a folder"
+    else:
+        return
+    raise CheckpointError(
+        f"checkpoint {path}: expected nothing there, an empty folder or an older checkpoint, got {got}; "
+        "nothing was written: choose another path"
+    )
 
 
 def read_manifest(path: Path, verify: bool = True) -> dict[str, object]:
@@ -86,8 +117,8 @@ def read_manifest(path: Path, verify: bool = True) -> dict[str, object]:
         )
     try:
         manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=dict[str, object])
-        files = msgspec.convert(manifest.get("files"), dict[str, dict[str, int | str]])
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        files = msgspec.convert(manifest.get("files"), dict[str, _FileEntry])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"checkpoint {path / MANIFEST}: expected a list of files, got: {error}; use an earlier one"
         ) from error
@@ -98,9 +129,9 @@ def read_manifest(path: Path, verify: bool = True) -> dict[str, object]:
             faults.append(f"{name!r}: expected a plain file name")
         elif not file.is_file():
             faults.append(f"{name}: missing")
-        elif file.stat().st_size != entry["bytes"]:
-            faults.append(f"{name}: expected {entry['bytes']} bytes, got {file.stat().st_size}")
-        elif file_sha256(file) != entry["sha256"]:
+        elif file.stat().st_size != entry.bytes:
+            faults.append(f"{name}: expected {entry.bytes} bytes, got {file.stat().st_size}")
+        elif file_sha256(file) != entry.sha256:
             faults.append(f"{name}: its sha256 is not the one in {MANIFEST}")
     if faults:
         raise CheckpointError(f"checkpoint {path}: damaged: " + "; ".join(faults) + "; use an earlier one")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from phi3_lite import FINISHED, GenerationStep, SamplingConfig, generate
+from phi3_lite import FINISHED, GenerationStep, SamplingConfig, StopCutter, StopTexts, cut_at_stop, generate
 
 from .batch import EncodedSample, PackedBatch, collate
 from .model import Blip3
@@ -22,13 +22,30 @@ def generate_steps(
     *,
     generator: torch.Generator | None = None,
     collate_prompts: Collate = collate,
+    ends: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[GenerationStep]:
     """Yield the next token of every prompt, step by step, until all have stopped.
 
     All tiles of all prompts go through the vision tower in one call; `collate_prompts` may bring kept features instead.
+    A repetition penalty counts the prompts' text, not their image slots. `ends` as in `phi3_lite.generate`.
     """
     batch = collate_prompts(prompts).to(model.device)
-    yield from generate(model.lang_model, model.embed(batch), batch.cu_seqlens, sampling, stop_ids, generator)
+    yield from generate(
+        model.lang_model,
+        model.embed(batch),
+        batch.cu_seqlens,
+        sampling,
+        stop_ids,
+        generator,
+        prompt_ids=[_text_ids(prompt) for prompt in prompts],
+        ends=ends,
+    )
+
+
+def _text_ids(prompt: EncodedSample) -> list[int]:
+    is_text = torch.ones(len(prompt.ids), dtype=torch.bool)
+    is_text[prompt.image_index] = False
+    return prompt.ids[is_text].tolist()
 
 
 def stream_answer(
@@ -37,15 +54,21 @@ def stream_answer(
     prompt: EncodedSample,
     sampling: SamplingConfig,
     *,
+    stop_texts: Sequence[str] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
-    """Yield the answer to one prompt as pieces of text; a character whose bytes are not all there yet is held back."""
-    decoder = processor.stream_decoder()
+    """Yield the answer to one prompt as pieces of text, up to the first of `stop_texts` in it.
+
+    A character whose bytes are not all there yet is held back, and so is what may still become a stop text.
+    """
+    decoder, cutter = processor.stream_decoder(), StopCutter(stop_texts)
     for step in generate_steps(model, [prompt], sampling, processor.stop_ids, generator=generator):
         token = int(step.tokens[0])
-        if token not in processor.stop_ids and (piece := decoder.push(token)):
+        if token not in processor.stop_ids and (piece := cutter.push(decoder.push(token))):
             yield piece
-    if rest := decoder.finish():
+        if cutter.is_stopped:
+            return
+    if rest := cutter.push(decoder.finish()) + cutter.finish():
         yield rest
 
 
@@ -56,11 +79,12 @@ def answer_batch(
     sampling: SamplingConfig,
     *,
     batch_size: int = 64,
+    stop_texts: Sequence[str] = (),
     generator: torch.Generator | None = None,
     collate_prompts: Collate = collate,
     on_progress: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Answers to many prompts, in their order.
+    """Answers to many prompts, in their order, each up to the first of `stop_texts` in it.
 
     Prompts of similar length are decoded together; with greedy sampling the batch size changes no answer but for ties
     in rounding. `on_progress` is called with the number of prompts just answered.
@@ -76,10 +100,13 @@ def answer_batch(
             processor.stop_ids,
             generator=generator,
             collate_prompts=collate_prompts,
+            ends=StopTexts(processor.tokenizer, stop_texts, len(rows)) if stop_texts else None,
         )
         columns = torch.stack([step.tokens for step in steps], dim=1)
         for row, tokens in zip(rows, columns.tolist(), strict=True):
-            answers[row] = processor.decode([token for token in tokens if token != FINISHED])
+            answer = processor.tokenizer.decode([token for token in tokens if token != FINISHED])
+            # cut first: a stop text may begin or end with the white space that is stripped
+            answers[row] = cut_at_stop(answer, stop_texts).strip()
         if on_progress is not None:
             on_progress(len(rows))
     return answers

@@ -4,6 +4,8 @@ The parts carry the names of the published checkpoints (`vision_encoder`, `visio
 Source: xGen-MM (BLIP-3), arXiv:2408.08872 §3.
 """
 
+from contextlib import nullcontext
+
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
@@ -16,34 +18,51 @@ from siglip_lite import SiglipVision, normalise
 from .batch import PackedBatch
 from .config import Blip3Config
 from .fusion import place_image_tokens
+from .grouping import group_images
 
 
 class Blip3(nn.Module):
     """A vision tower, a connector and a language model as one next-token predictor over text and images."""
 
-    def __init__(self, cfg: Blip3Config) -> None:
+    def __init__(self, cfg: Blip3Config, *, generator: torch.Generator | None = None) -> None:
+        """Make the model with fresh weights, drawn with `generator` on its device (None: torch's global one)."""
         super().__init__()
         self.cfg = cfg
-        self.vision_encoder = SiglipVision(cfg.vision)
-        self.vision_tokenizer = PerceiverResampler(cfg.connector)
-        self.lang_model = Phi3(cfg.lm)
+        # The parts' constructors draw from the global generator, but not for tensors on the meta device.
+        with nullcontext() if generator is None else torch.device("meta"):
+            self.vision_encoder = SiglipVision(cfg.vision)
+            self.vision_tokenizer = PerceiverResampler(cfg.connector)
+            self.lang_model = Phi3(cfg.lm)
+        if generator is not None:
+            self.to_empty(device=generator.device)
+            self.reset_parameters(generator)
 
-    def image_tokens(
-        self,
-        tiles: UInt8[Tensor, "p 3 s s"] | None,
-        valid: Bool[Tensor, "p n"],
-        features: Float[Tensor, "p n dv"] | None = None,
-    ) -> Float[Tensor, "m d"]:
-        """Image tokens of all tiles, end to end: tile by tile, latent by latent.
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, each part by its own rule."""
+        self.vision_encoder.init_weights(generator)
+        self.vision_tokenizer.init_weights(generator)
+        self.lang_model.reset_parameters(generator)
 
-        `features` (what `patch_features` gave) take the place of `tiles` where they were kept.
+    def image_tokens(self, batch: PackedBatch) -> Float[Tensor, "m d"]:
+        """Image tokens of all images, end to end: group by group (see `grouping`), latent by latent.
+
+        Kept features (`batch.features`) take the place of the tiles.
+
+        Raises:
+            ValueError: the batch has neither tiles nor features.
         """
+        features, valid = batch.features, batch.valid
         if features is None:
-            if tiles is None:
+            if batch.tiles is None:
                 raise ValueError(
                     "image tokens: expected tiles or features, got neither; collate the batch with one of them"
                 )
-            features = self.patch_features(tiles, valid)
+            features = self.patch_features(batch.tiles, valid)
+        if self.cfg.tiling.kind == "anyres_fixed":
+            features, valid = group_images(features, valid, batch.tiles_per_image)
+        elif batch.feature_order is not None:
+            features = features.flatten(0, 1)[batch.feature_order].view_as(features)
+            valid = valid.flatten()[batch.feature_order].view_as(valid)
         return self.vision_tokenizer(features, valid).flatten(0, 1)
 
     def patch_features(self, tiles: UInt8[Tensor, "p 3 s s"], valid: Bool[Tensor, "p n"]) -> Float[Tensor, "p n dv"]:
@@ -60,9 +79,7 @@ class Blip3(nn.Module):
         embeds = self.lang_model.embed(batch.ids)
         if batch.valid.shape[0] == 0:
             return embeds
-        return place_image_tokens(
-            embeds, self.image_tokens(batch.tiles, batch.valid, batch.features), batch.image_index
-        )
+        return place_image_tokens(embeds, self.image_tokens(batch), batch.image_index)
 
     def forward(self, batch: PackedBatch) -> Float[Tensor, "t d"]:
         """Hidden states after the final norm; the head is applied only where it is needed."""
@@ -78,3 +95,9 @@ class Blip3(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.lang_model.head_weight.device
+
+
+def undrawn_model(cfg: Blip3Config, dtype: torch.dtype = torch.float32) -> Blip3:
+    """A model without weights, on the meta device: to be measured, or filled after `to_empty`. Draws nothing."""
+    with torch.device("meta"):
+        return Blip3(cfg).to(dtype)

@@ -23,10 +23,11 @@ from interleave_data import (
     TextPart,
     Turn,
 )
-from phi3_lite import IMAGE, ChatTemplate, ChatTurn, EncodedChat, HFTokenizer, StreamDecoder
+from phi3_lite import IMAGE, ChatTemplate, ChatTurn, EncodedChat, HFTokenizer, ImageSlot, StreamDecoder
 
 from .batch import IGNORE_INDEX, EncodedSample
 from .config import Blip3Config
+from .grouping import band_order
 
 IMAGE_TOKEN = "<image>"
 
@@ -49,6 +50,7 @@ class _Views:
     pixels: UInt8[torch.Tensor, "p 3 s s"]
     valid: Bool[torch.Tensor, "p n"]
     keys: tuple[str, ...]
+    grid: tuple[int, int]
 
 
 class Processor:
@@ -151,7 +153,7 @@ class Processor:
         tiles = tile_image(image.decode(self.limits), self.cfg.tiling)
         valid = tiles.valid_patches(self.cfg.vision.grid_side)
         keys = tuple(_tile_key(tile, mask) for tile, mask in zip(tiles.pixels, valid, strict=True))
-        views = _Views(tiles.pixels, valid, keys)
+        views = _Views(tiles.pixels, valid, keys, tiles.grid)
         if image.key and views.pixels.nbytes <= self._cache_bytes_left:
             self._cache_bytes_left -= views.pixels.nbytes
             self._kept[name] = views
@@ -160,13 +162,10 @@ class Processor:
     def _assemble(
         self, sample_id: str, source: str, turns: Sequence[Turn], views: Sequence[_Views], *, is_prompt: bool
     ) -> EncodedSample:
-        chat = [
-            ChatTurn(turn.role, [part.text if isinstance(part, TextPart) else IMAGE for part in turn.parts])
-            for turn in turns
-        ]
+        chat = [ChatTurn(turn.role, self._chat_parts(turn)) for turn in turns]
         _refuse_empty_answers(chat)
         encoded = self.template.encode(chat, is_prompt=is_prompt)
-        counts = [len(item.pixels) * self.cfg.num_image_tokens_per_tile for item in views]
+        counts = [self.cfg.num_image_tokens(len(item.pixels)) for item in views]
         ids, is_target, slots = _expand_slots(encoded, counts)
         targets = torch.full((len(ids),), IGNORE_INDEX)
         flat = torch.tensor(ids)
@@ -183,8 +182,32 @@ class Processor:
             image_index=torch.tensor(slots, dtype=torch.int64),
             tiles=_joined([item.pixels for item in views], self._no_tiles),
             valid=_joined([item.valid for item in views], self._no_patches),
+            tiles_per_image=tuple(len(item.pixels) for item in views),
+            feature_order=self._feature_order(views),
             tile_keys=tuple(key for item in views for key in item.keys),
         )
+
+    def _chat_parts(self, turn: Turn) -> list[str | ImageSlot]:
+        parts: list[str | ImageSlot] = []
+        for part in turn.parts:
+            if isinstance(part, TextPart):
+                parts.append(part.text)
+            else:
+                parts.append(IMAGE)
+                if turn.role == "user" and self.cfg.image_separator:
+                    parts.append(self.cfg.image_separator)
+        return parts
+
+    def _feature_order(self, views: Sequence[_Views]) -> torch.Tensor | None:
+        if self.cfg.tile_grouping == "tiles" or not views:
+            return None
+        side = self.cfg.vision.grid_side
+        orders: list[torch.Tensor] = []
+        start = 0
+        for item in views:
+            orders.append(band_order(item.grid, side) + start)
+            start += item.valid.numel()
+        return torch.cat(orders)
 
 
 def _joined(tensors: Sequence[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:

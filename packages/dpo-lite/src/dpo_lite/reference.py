@@ -6,6 +6,7 @@ tokenizer, tiling) is the caller's to sum up in a fingerprint; a file with anoth
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,12 +51,18 @@ class ReferenceCache:
         """Keep the values of these pairs; an id that is there already gets the new ones.
 
         Raises:
-            ReferenceCacheError: if the counts differ or a value is not finite; nothing is kept then.
+            ReferenceCacheError: if the counts differ, an id is there twice or a value is not finite; nothing is kept
+                then.
         """
         if not len(sample_ids) == chosen.shape[0] == rejected.shape[0]:
             raise ReferenceCacheError(
                 f"reference log-probabilities: expected {len(sample_ids)} of each answer, one a sample id, "
                 f"got {chosen.shape[0]} and {rejected.shape[0]}; give those of the same pairs"
+            )
+        if repeated := [sample_id for sample_id, count in Counter(sample_ids).items() if count > 1]:
+            raise ReferenceCacheError(
+                f"sample ids: expected each once, got {len(repeated)} again, the first {repeated[:3]}; "
+                "give different pairs different ids, or they would share one reference"
             )
         values = dict(zip(sample_ids, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
         for sample_id, pair in values.items():
@@ -99,7 +106,7 @@ class ReferenceCache:
         """
         try:
             content = msgspec.json.decode(Path(path).read_bytes(), type=_File)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ReferenceCacheError(
                 f"reference cache {path}: expected a file written by ReferenceCache.save, got {error}; make it anew"
             ) from error

@@ -10,7 +10,7 @@ from vlm_metrics import wilson_interval
 from .prediction import Prediction
 
 
-class GroupScore(msgspec.Struct, frozen=True, kw_only=True):
+class GroupScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Accuracy of one group."""
 
     accuracy: float
@@ -21,6 +21,8 @@ class GroupScore(msgspec.Struct, frozen=True, kw_only=True):
     baseline: float
     """Accuracy of always giving the most frequent answer."""
     n: int
+    skipped: dict[str, int] = {}
+    """Items among the `n` that could not be asked, by reason; they count as wrong."""
 
 
 def score_groups(predictions: Iterable[Prediction]) -> dict[str, GroupScore]:
@@ -32,8 +34,16 @@ def score_groups(predictions: Iterable[Prediction]) -> dict[str, GroupScore]:
     for name, members in grouped.items():
         right, n = sum(member.is_correct for member in members), len(members)
         low, high = wilson_interval(right, n)
+        skipped = Counter(member.skip_reason for member in members if member.skip_reason)
         most_frequent = Counter(member.answer for member in members).most_common(1)[0][1]
-        scores[name] = GroupScore(accuracy=right / n, low=low, high=high, baseline=most_frequent / n, n=n)
+        scores[name] = GroupScore(
+            accuracy=right / n,
+            low=low,
+            high=high,
+            baseline=most_frequent / n,
+            n=n,
+            skipped=dict(sorted(skipped.items())),
+        )
     return scores
 
 

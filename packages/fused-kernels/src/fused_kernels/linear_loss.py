@@ -150,6 +150,11 @@ def _same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def _check_chunk_rows(chunk_rows: int | None) -> None:
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}; leave it out for a size that fits")
+
+
 def _rows_at_a_time(weight: Tensor, chunk_rows: int | None) -> int:
     return max(1, _CHUNK_ELEMENTS // weight.shape[0]) if chunk_rows is None else chunk_rows
 
@@ -241,11 +246,13 @@ def linear_cross_entropy(
     but for a single row. Differentiable once.
 
     Raises:
-        ValueError: if a label is neither ignore_index nor a row of weight, or the reduction is unknown.
+        ValueError: if a label is neither ignore_index nor a row of weight, the reduction is unknown, or chunk_rows is
+            below 1.
         BackendError: if `backend` is unknown or cannot run.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}; choose one of these")
+    _check_chunk_rows(chunk_rows)
     run = LINEAR_CROSS_ENTROPY.choose(backend, hidden.device, hidden.dtype)
     return run(hidden, weight, labels, bias, ignore_index, reduction, chunk_rows)
 
@@ -265,8 +272,9 @@ def linear_log_probs(
     fp32 (fp64 for fp64 input). Memory and precision as in `linear_cross_entropy`. Differentiable once.
 
     Raises:
-        ValueError: if a label is neither ignore_index nor a row of weight.
+        ValueError: if a label is neither ignore_index nor a row of weight, or chunk_rows is below 1.
         BackendError: if `backend` is unknown or cannot run.
     """
+    _check_chunk_rows(chunk_rows)
     run = LINEAR_LOG_PROBS.choose(backend, hidden.device, hidden.dtype)
     return run(hidden, weight, labels, bias, ignore_index, chunk_rows)

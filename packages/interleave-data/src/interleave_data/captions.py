@@ -12,6 +12,7 @@ all.
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,12 +21,14 @@ import numpy as np
 
 from .errors import ShardError, SkipReason, SkipSample
 from .samples import ImagePart, Sample, SliceBytes, TextPart, Turn
-from .sources import fingerprint
+from .sources import fingerprint, printable
 
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 _PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _BLOCK_BYTES = tarfile.BLOCKSIZE
 _ABSENT = (-1, -1)
+# A caption and what is said about it weigh kilobytes; this keeps a forged size from filling the memory.
+_MAX_TEXT_BYTES = 1 << 22
 
 # What one sample needs of a shard: (offset, size) of the picture and of the member that holds the caption.
 _Spans = dict[str, tuple[int, int]]
@@ -47,6 +50,7 @@ class CaptionTars:
             raise ValueError("paths: expected at least one tar shard, got none; check the pattern")
         self.name = name
         self._paths = [str(path) for path in paths]
+        self._shard_names = _shard_names(self._paths)
         suffix, _, self._json_key = caption.partition(":")
         self._keys: list[str] = []
         rows: list[tuple[int, int, int, int, int]] = []
@@ -66,26 +70,27 @@ class CaptionTars:
         """Read one pair.
 
         Raises:
-            SkipSample: if the picture or the caption is absent, or the caption is empty or no text.
+            SkipSample: if the picture or the caption is absent, or the caption is empty, no text, or beyond 4 MiB.
         """
         shard, picture_at, picture_size, caption_at, caption_size = (int(value) for value in self._rows[index])
-        key, path = self._keys[index], self._paths[shard]
-        shard_name = os.path.basename(path)
+        path = self._paths[shard]
+        where = f"{self._shard_names[shard]}:{printable(self._keys[index])}"
         if picture_at < 0 or caption_at < 0:
             absent = "picture" if picture_at < 0 else "caption"
-            raise SkipSample(SkipReason.MISSING_MEMBER, f"expected a {absent} member, got none", f"{shard_name}:{key}")
+            raise SkipSample(SkipReason.MISSING_MEMBER, f"expected a {absent} member, got none", where)
+        if caption_size > _MAX_TEXT_BYTES:
+            detail = f"expected a caption member of at most {_MAX_TEXT_BYTES} bytes, got {caption_size}"
+            raise SkipSample(SkipReason.TOO_MANY_BYTES, detail, where)
         try:
             text = self._caption_text(SliceBytes(path, caption_at, caption_size)())
         except OSError as error:
-            raise SkipSample(SkipReason.UNREADABLE_FILE, str(error), f"{shard_name}:{key}") from error
-        except (UnicodeDecodeError, msgspec.DecodeError) as error:
-            raise SkipSample(SkipReason.BAD_RECORD, str(error), f"{shard_name}:{key}") from error
+            raise SkipSample(SkipReason.UNREADABLE_FILE, str(error), where) from error
+        except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
+            raise SkipSample(SkipReason.BAD_RECORD, str(error), where) from error
         if not text:
-            raise SkipSample(
-                SkipReason.EMPTY_TEXT, "expected a caption with some text, got none", f"{shard_name}:{key}"
-            )
-        picture = ImagePart(SliceBytes(path, picture_at, picture_size), key=f"{shard_name}:{key}")
-        return Sample(id=f"{shard_name}:{key}", source=self.name, turns=(Turn("document", (picture, TextPart(text))),))
+            raise SkipSample(SkipReason.EMPTY_TEXT, "expected a caption with some text, got none", where)
+        picture = ImagePart(SliceBytes(path, picture_at, picture_size), key=where)
+        return Sample(id=where, source=self.name, turns=(Turn("document", (picture, TextPart(text))),))
 
     def _caption_text(self, data: bytes) -> str:
         if not self._json_key:
@@ -94,6 +99,13 @@ class CaptionTars:
         if self._json_key not in values:
             raise msgspec.ValidationError(f"expected the key `{self._json_key}`, got {', '.join(values)}")
         return msgspec.json.decode(values[self._json_key], type=str).strip()
+
+
+def _shard_names(paths: Sequence[str]) -> list[str]:
+    """Name each shard by its file, with its place in front where several folders have a file of that name."""
+    names = [printable(os.path.basename(path)) for path in paths]
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{place}/{name}" for place, name in enumerate(names)]
 
 
 def _walk_samples(path: str) -> Iterator[tuple[str, _Spans]]:

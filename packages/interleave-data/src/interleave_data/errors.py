@@ -29,7 +29,6 @@ class SkipReason(StrEnum):
     EMPTY_TEXT = "empty_text"
     EMPTY_ANSWER = "empty_answer"
     NO_TARGETS = "no_targets"
-    TOO_MANY_IMAGES = "too_many_images"
     TOO_LONG = "too_long"
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 from .errors import SkipReason, SkipSample
 from .samples import ImagePart, Part, Role, Sample, TextPart, Turn
-from .sources import RecordFile, fingerprint, images_inside
+from .sources import RecordFile, fingerprint, images_inside, unique_id
 
 IMAGE_MARK = "<image>"
 _ROLES: dict[str, Role] = {
@@ -80,7 +80,7 @@ class LlavaJson:
         images = images_inside(self._image_root, record.image if record.image is not None else record.images)
         identity = record.id if record.id is not None else record.question_id
         return Sample(
-            id=f"{self.name}:{index}" if identity is None else str(identity),
+            id=unique_id(self.name, index, identity),
             source=self.name,
             turns=place_images(speeches, images),
         )

@@ -10,7 +10,7 @@ import msgspec
 
 from .errors import SkipReason, SkipSample
 from .samples import Part, Sample, TextPart, Turn
-from .sources import RecordFile, fingerprint, image_inside
+from .sources import RecordFile, fingerprint, image_inside, unique_id
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -59,19 +59,19 @@ class ObelicsJsonl:
         if not any(isinstance(part, TextPart) and part.text.strip() for part in parts):
             raise SkipSample(SkipReason.EMPTY_TEXT, "expected some text to predict, got none")
         return Sample(
-            id=_identity(record) or f"{self.name}:{index}",
+            id=unique_id(self.name, index, _identity(record)),
             source=self.name,
             turns=(Turn("document", tuple(parts)),),
         )
 
 
-def _identity(record: _Record) -> str | None:
+def _identity(record: _Record) -> str | int | None:
     """Take the record's own id, or that in `general_metadata`, which OBELICS keeps as JSON in a string."""
     if record.id is not None:
-        return str(record.id)
+        return record.id
     try:
         metadata = msgspec.json.decode(record.general_metadata or "{}", type=_GeneralMetadata)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         # Metadata name a document, they do not make it: a document with broken ones is still good.
         return None
-    return None if metadata.id is None else str(metadata.id)
+    return metadata.id

@@ -79,6 +79,18 @@ class Draw(NamedTuple):
     number: int
 
 
+def refuse_other_settings(what: str, settings: Mapping[str, object], state: Mapping[str, object]) -> None:
+    """Hold a saved state against the settings of now.
+
+    Raises:
+        ValueError: naming each setting that differs, or that the state does not have.
+    """
+    if differ := [name for name in settings if state.get(name) != settings[name]]:
+        expected = ", ".join(f"{name} {settings[name]}" for name in differ)
+        got = ", ".join(f"{name} {state.get(name)}" for name in differ)
+        raise ValueError(f"{what}: expected {expected}, got {got}; resume with the settings that it was saved with")
+
+
 class Mixture:
     """Draw from sources for ever, in ratios that hold over any stretch and not only on average.
 
@@ -134,19 +146,17 @@ class Mixture:
         }
 
     def state_dict(self) -> dict[str, object]:
-        """The draws so far, by source, and the seed."""
-        return {"seed": self.seed, "drawn": dict(zip(self.names, self._drawn, strict=True))}
+        """The draws so far, and what the order follows from: seed, sources in their order, and shares."""
+        return {**self._settings(), "drawn": list(self._drawn)}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Draw on from a saved state.
 
         Raises:
-            ValueError: if it is of another seed or of other sources.
+            ValueError: if it is of another seed, of other sources or another order of them, or of other ratios.
         """
-        drawn = cast(Mapping[str, int], state["drawn"])
-        if sorted(drawn) != sorted(self.names) or state["seed"] != self.seed:
-            raise ValueError(
-                f"mixture state: expected seed {self.seed} and sources {', '.join(self.names)}, got {dict(state)}; "
-                "resume with the data that the state was saved with"
-            )
-        self._drawn = [drawn[name] for name in self.names]
+        refuse_other_settings("mixture state", self._settings(), state)
+        self._drawn = list(cast(list[int], state["drawn"]))
+
+    def _settings(self) -> dict[str, object]:
+        return {"seed": self.seed, "sources": list(self.names), "shares": list(self._shares)}

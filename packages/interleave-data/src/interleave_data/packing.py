@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar, cast
 
 from .errors import SkipReason, SkipSample
+from .order import refuse_other_settings
 
 Item = TypeVar("Item")
 
@@ -90,18 +91,26 @@ class Packer(Generic[Item]):
             yield self.pop()
 
     def state_dict(self, name: Callable[[Item], object]) -> dict[str, object]:
-        """Name what waits, in order: samples are not saved, only how to get them again."""
-        return {"waiting": [name(item) for item, _ in self._waiting]}
+        """The settings, and the names of what waits, in order: samples are not saved, only how to get them again."""
+        return {**self._settings(), "waiting": [name(item) for item, _ in self._waiting]}
 
     def load_state_dict(self, state: Mapping[str, object], remake: Callable[[object], tuple[Item, int]]) -> None:
         """Fetch what waited by its names.
 
         Raises:
-            SkipSample: if one no longer fits.
+            ValueError: if the state is of other settings, or a sample has become too long for a pack.
         """
+        refuse_other_settings("packer state", self._settings(), state)
         self._waiting = []
         for name in cast(list[object], state["waiting"]):
-            self.push(*remake(name))
+            item, length = remake(name)
+            try:
+                self.push(item, length)
+            except SkipSample as skip:
+                raise ValueError(f"waiting sample {name}: {skip.detail}; encode it as when it was saved") from skip
+
+    def _settings(self) -> dict[str, object]:
+        return {"max_tokens": self.max_tokens, "look_ahead": self.look_ahead, "max_samples": self.max_samples}
 
 
 def pack(lengths: Sequence[int], max_tokens: int, *, look_ahead: int = 64) -> list[list[int]]:

@@ -11,7 +11,7 @@ import msgspec
 from .errors import SkipReason, SkipSample
 from .llava import IMAGE_MARK, Speech, place_images
 from .samples import PreferenceSample
-from .sources import RecordFile, fingerprint, images_inside
+from .sources import RecordFile, fingerprint, images_inside, unique_id
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -54,7 +54,7 @@ class PreferenceJsonl:
             raise SkipSample(SkipReason.BAD_RECORD, "expected two different answers, got the same one twice")
         images = images_inside(self._image_root, record.image if record.image is not None else record.images)
         return PreferenceSample(
-            id=f"{self.name}:{index}" if record.id is None else str(record.id),
+            id=unique_id(self.name, index, record.id),
             source=self.name,
             turns=place_images([Speech("user", prompt)], images),
             chosen=record.chosen,

@@ -66,8 +66,20 @@ class InMemory:
 
 def fingerprint(kind: str, paths: Sequence[str], **settings: str | int) -> str:
     """Digest names and sizes of files, in order, and the settings; folders do not count, so data may be moved."""
-    files = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
+    files = [(printable(os.path.basename(path)), os.path.getsize(path)) for path in paths]
     return sha256(msgspec.json.encode([kind, files, sorted(settings.items())])).hexdigest()[:16]
+
+
+def unique_id(source: str, index: int, given: str | int | None) -> str:
+    """Name a record by the id that it gives itself, if any, and by its index, as nothing keeps given ids apart."""
+    return f"{source}:{index}" if given is None else f"{given}#{index}"
+
+
+def printable(name: str) -> str:
+    """Write what cannot be printed, and the backslash, as escapes: a name from a file need not be UTF-8."""
+    return "".join(
+        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode() for char in name
+    )
 
 
 def path_inside(root: str, path: str) -> str:
@@ -131,12 +143,12 @@ class RecordFile:
         """Read and decode one record.
 
         Raises:
-            SkipSample: if it is no JSON, not of the type, or the file has changed.
+            SkipSample: if it is no JSON, nested too deeply, not of the type, or the file has changed.
         """
         offset, size = (int(value) for value in self._spans[index])
         try:
             return msgspec.json.decode(SliceBytes(self.path, offset, size)(), type=record_type)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SkipSample(SkipReason.BAD_RECORD, str(error)) from error
         except OSError as error:
             raise SkipSample(SkipReason.UNREADABLE_FILE, str(error)) from error
@@ -158,7 +170,7 @@ def _array_spans(data: mmap.mmap, path: str) -> list[tuple[int, int]]:
             records = msgspec.json.decode(array, type=list[msgspec.Raw])
             sizes = [len(memoryview(record)) for record in records]
             del records
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON array, got {error}; was the file written to its end?") from error
     position += 1
     for size in sizes:

@@ -4,7 +4,7 @@
 
 What is saved is what has been consumed: a counter for each source, the names of the few samples that wait in the
 packer, and the skips. Loading that in a fresh process gives the same batches as if nothing had happened, as long as
-the sources are the same and `encode` depends on the sample alone.
+`encode` depends on the sample alone; sources and settings are compared with those it was saved with.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +123,8 @@ class Stream(Generic[Encoded]):
         """Continue from a saved state; the samples that waited are read and encoded again.
 
         Raises:
-            ValueError: if a source is not what it was, or a waiting sample can no longer be read.
+            ValueError: if a source or a setting is not what it was, or a waiting sample can no longer be read, or has
+                become too long.
         """
         saved = cast(Mapping[str, str], state["fingerprints"])
         now = {source.name: source.fingerprint for source in self._sources}

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .cache import KVCache as KVCache
     from .chat import IMAGE as IMAGE
+    from .chat import SMOLLM2_SYSTEM as SMOLLM2_SYSTEM
+    from .chat import ChatKind as ChatKind
     from .chat import ChatTemplate as ChatTemplate
     from .chat import ChatTurn as ChatTurn
     from .chat import EncodedChat as EncodedChat
+    from .chat import ImageSlot as ImageSlot
     from .config import GenerationDefaults as GenerationDefaults
     from .config import LongRope as LongRope
     from .config import Phi3Config as Phi3Config
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
     from .sampling import choose_tokens as choose_tokens
     from .sampling import collect as collect
     from .sampling import generate as generate
+    from .sampling import penalise_repeats as penalise_repeats
+    from .stop_text import StopCutter as StopCutter
+    from .stop_text import StopTexts as StopTexts
+    from .stop_text import cut_at_stop as cut_at_stop
     from .tokenizer import StreamDecoder as StreamDecoder
     from .tokenizer import Tokenizer as Tokenizer
     from .tokenizer_hf import HFTokenizer as HFTokenizer
@@ -38,12 +45,15 @@ __all__ = [
     "FINISHED",
     "IMAGE",
     "PHI3_CONTROL_IDS",
+    "SMOLLM2_SYSTEM",
+    "ChatKind",
     "ChatTemplate",
     "ChatTurn",
     "EncodedChat",
     "GenerationDefaults",
     "GenerationStep",
     "HFTokenizer",
+    "ImageSlot",
     "KVCache",
     "LoadedLM",
     "LongRope",
@@ -51,14 +61,18 @@ __all__ = [
     "Phi3Config",
     "SamplingConfig",
     "SentencePieceTokenizer",
+    "StopCutter",
+    "StopTexts",
     "StreamDecoder",
     "Tokenizer",
     "choose_tokens",
     "collect",
+    "cut_at_stop",
     "generate",
     "load_lm",
     "mini_4k",
     "mini_128k",
+    "penalise_repeats",
     "phi4_mini",
     "phi35_mini",
     "save_huggingface",
@@ -66,12 +80,14 @@ __all__ = [
 ]
 _HOMES = {
     "KVCache": "cache",
+    "ChatKind": "chat",
     "ChatTemplate": "chat",
     "ChatTurn": "chat",
     "EncodedChat": "chat",
     "IMAGE": "chat",
     "GenerationDefaults": "config",
     "LongRope": "config",
+    "SMOLLM2_SYSTEM": "chat",
     "Phi3Config": "config",
     "SamplingConfig": "config",
     "mini_128k": "config",
@@ -87,9 +103,14 @@ _HOMES = {
     "choose_tokens": "sampling",
     "collect": "sampling",
     "generate": "sampling",
+    "penalise_repeats": "sampling",
+    "StopCutter": "stop_text",
+    "StopTexts": "stop_text",
+    "cut_at_stop": "stop_text",
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
     "HFTokenizer": "tokenizer_hf",
+    "ImageSlot": "chat",
     "PHI3_CONTROL_IDS": "tokenizer_sp",
     "SentencePieceTokenizer": "tokenizer_sp",
     "CONTROL_TOKENS": "tokenizer_train",

@@ -1,20 +1,23 @@
-"""Phi-3's chat format, built span by span.
+"""Chat formats, built span by span: Phi-3's, and ChatML as SmolLM2 has it.
 
-    <|system|>
-    {system}<|end|>
-    <|user|>
-    {text}<|end|>
-    <|assistant|>
-    {text}<|end|>
+    <|system|>                   <|im_start|>system
+    {system}<|end|>              {system}<|im_end|>
+    <|user|>                     <|im_start|>user
+    {text}<|end|>                {text}<|im_end|>
+    <|assistant|>                <|im_start|>assistant
+    {text}<|end|>                {text}<|im_end|>
 
 Markers become ids by table; each stretch of text between markers and image slots is encoded on its own by
-`Tokenizer.encode`, so that no text can open a turn, end one, or claim an image's place. The newline behind a marker
-has no id: Phi-3's markers swallow white space to their right, hence also at the start of a turn's text.
+`Tokenizer.encode`, so that no text can open a turn, end one, or claim an image's place.
+
+Phi-3's markers swallow white space to their right: the newline behind one has no id, nor has white space at the start
+of a turn's text. ChatML's swallow none: role, newline and the text behind them are one stretch, and the newline behind
+`<|im_end|>` is another.
 """
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from .tokenizer import WHITE_SPACE, Tokenizer
 
@@ -29,6 +32,14 @@ IMAGE: Final = ImageSlot.IMAGE
 """Stands among a turn's parts where an image goes."""
 
 Part = str | ImageSlot
+
+ChatKind = Literal["phi3", "chatml"]
+"""A chat format, by name."""
+
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+"""What SmolLM2's own template says where a conversation has no system turn."""
+
+_ROLES = ("system", "user", "assistant")
 
 
 class ChatTurn(NamedTuple):
@@ -57,23 +68,31 @@ class ChatTemplate:
         self,
         tokenizer: Tokenizer,
         *,
+        kind: ChatKind = "phi3",
         system: str | None = None,
         has_bos: bool = False,
         image_id: int | None = None,
     ) -> None:
         """Set the template up.
 
-        `system` is said before every conversation that has no system turn of its own. `has_bos` puts `<s>` in front of
-        everything. `image_id` fills image slots; None takes the tokenizer's `<image>`, if it has one.
+        `system` is said before every conversation that has no system turn of its own; None says what the format has by
+        itself, which is nothing for phi3 and SMOLLM2_SYSTEM for chatml. `has_bos` puts `<s>` in front of everything.
+        `image_id` fills image slots; None takes the tokenizer's `<image>`, if it has one.
 
         Raises:
-            ValueError: the tokenizer lacks a marker.
+            ValueError: an unknown format, or the tokenizer lacks a marker.
         """
+        if kind not in ("phi3", "chatml"):
+            raise ValueError(f"kind: expected phi3 or chatml, got {kind!r}; name a format that is known")
         self.tokenizer = tokenizer
-        self.system = system
+        self.kind: ChatKind = kind
+        self._is_chatml = kind == "chatml"
+        self.system = SMOLLM2_SYSTEM if system is None and self._is_chatml else system
         self._bos = [tokenizer.token_id("<s>")] if has_bos else []
-        self._markers = {role: tokenizer.token_id(f"<|{role}|>") for role in ("system", "user", "assistant")}
-        self.end_id = tokenizer.token_id("<|end|>")
+        self._marker_names = {role: "<|im_start|>" if self._is_chatml else f"<|{role}|>" for role in _ROLES}
+        self._markers = {role: tokenizer.token_id(name) for role, name in self._marker_names.items()}
+        self._end_name = "<|im_end|>" if self._is_chatml else "<|end|>"
+        self.end_id = tokenizer.token_id(self._end_name)
         self.end_of_text_id = tokenizer.token_id("<|endoftext|>")
         self.image_id = tokenizer.control_ids.get("<image>") if image_id is None else image_id
 
@@ -108,6 +127,8 @@ class ChatTemplate:
             self._append_turn(built, turn)
         if is_prompt:
             _append(built, [self._markers["assistant"]], is_target=False)
+            if self._is_chatml:
+                _append(built, self.tokenizer.encode(self._role_line("assistant")), is_target=False)
         return built
 
     def _append_turn(self, built: EncodedChat, turn: ChatTurn) -> None:
@@ -116,27 +137,37 @@ class ChatTemplate:
         is_target = turn.role == "assistant"
         _append(built, [self._markers[turn.role]], is_target=False)
         start = len(built.ids)
-        num_text = self._append_parts(built, turn.parts, is_target=is_target, is_behind_marker=True)
+        num_text = self._append_parts(built, turn.parts, is_target=is_target, role=turn.role)
         if is_target and num_text == 0:
             raise ValueError(
                 f"assistant turn: expected some text, got {built.ids[start:]} as its ids; leave the turn out"
             )
         _append(built, [self.end_id], is_target=is_target)
+        if self._is_chatml:
+            _append(built, self.tokenizer.encode("\n"), is_target=False)
 
     def _append_document(self, built: EncodedChat, turn: ChatTurn, is_prompt: bool) -> None:
-        num_text = self._append_parts(built, turn.parts, is_target=True, is_behind_marker=False)
+        num_text = self._append_parts(built, turn.parts, is_target=True, role=None)
         if is_prompt:
             return
         if num_text == 0:
             raise ValueError("document: expected some text, got none; leave it out")
         _append(built, [self.end_of_text_id], is_target=True)
 
-    def _append_parts(
-        self, built: EncodedChat, parts: Sequence[Part], *, is_target: bool, is_behind_marker: bool
-    ) -> int:
-        """Append text and image slots; return the number of text tokens."""
+    def _append_parts(self, built: EncodedChat, parts: Sequence[Part], *, is_target: bool, role: str | None) -> int:
+        """Append text and image slots, behind the marker of `role` if there is one; return the number of text tokens.
+
+        ChatML's "role, newline" is encoded together with the text behind it, as the two make tokens together, and is no
+        target.
+        """
         num_text = 0
-        for part in _joined(parts):
+        opening = "" if role is None else self._role_line(role)
+        is_behind_marker = role is not None and not self._is_chatml
+        joined = _joined(parts)
+        if opening and (not joined or isinstance(joined[0], ImageSlot)):
+            _append(built, self.tokenizer.encode(opening), is_target=False)
+            opening = ""
+        for part in joined:
             if isinstance(part, ImageSlot):
                 if self.image_id is None:
                     raise ValueError(
@@ -145,11 +176,21 @@ class ChatTemplate:
                 built.image_positions.append(len(built.ids))
                 _append(built, [self.image_id], is_target=False)
             else:
-                ids = self.tokenizer.encode(part.lstrip(WHITE_SPACE) if is_behind_marker else part)
-                _append(built, ids, is_target=is_target)
-                num_text += len(ids)
+                ids = self.tokenizer.encode(opening + (part.lstrip(WHITE_SPACE) if is_behind_marker else part))
+                num_opening = _num_common(ids, self.tokenizer.encode(opening)) if opening else 0
+                _append(built, ids[:num_opening], is_target=False)
+                _append(built, ids[num_opening:], is_target=is_target)
+                num_text += len(ids) - num_opening
+                opening = ""
             is_behind_marker = is_behind_marker and isinstance(part, str) and not part.strip(WHITE_SPACE)
         return num_text
+
+    def _role_line(self, role: str) -> str:
+        """Return what is encoded between a marker and the text of its turn."""
+        return f"{role}\n" if self._is_chatml else ""
+
+    def _render_marker(self, role: str) -> str:
+        return self._marker_names[role] + (self._role_line(role) or "\n")
 
     def render(self, turns: Sequence[tuple[str, Sequence[Part]]], *, is_prompt: bool = False) -> str:
         """Return the conversation as text, for people to read; the model's input is `encode`'s."""
@@ -159,8 +200,9 @@ class ChatTemplate:
             return text + _render_parts(checked[0].parts) + ("" if is_prompt else "<|endoftext|>")
         if self.system is not None and (not checked or checked[0].role != "system"):
             checked.insert(0, ChatTurn("system", [self.system]))
-        text += "".join(f"<|{turn.role}|>\n{_render_parts(turn.parts)}<|end|>\n" for turn in checked)
-        return text + ("<|assistant|>\n" if is_prompt else "")
+        for turn in checked:
+            text += f"{self._render_marker(turn.role)}{_render_parts(turn.parts)}{self._end_name}\n"
+        return text + (self._render_marker("assistant") if is_prompt else "")
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
@@ -172,6 +214,12 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
         else:
             joined.append(part)
     return joined
+
+
+def _num_common(ids: list[int], others: list[int]) -> int:
+    """Return how many ids the two have in common from the front."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(ids), len(others)))
 
 
 def _append(built: EncodedChat, ids: list[int], *, is_target: bool) -> None:

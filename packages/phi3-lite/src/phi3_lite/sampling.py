@@ -1,6 +1,6 @@
 """Next-token choice and the decoding loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,15 @@ def choose_tokens(
     return order.gather(-1, rank)[:, 0]
 
 
+def penalise_repeats(logits: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"], penalty: float) -> Float[Tensor, "b v"]:
+    """Divide the logits of the tokens that were `seen` (True) by `penalty`, or multiply where negative; in float32.
+
+    CTRL, arXiv:1909.05858 §4.1, with the sign told apart as in transformers: dividing a negative logit would favour it.
+    """
+    logits = logits.float()
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
 @torch.inference_mode()
 def generate(
     model: Phi3,
@@ -54,6 +63,9 @@ def generate(
     sampling: SamplingConfig,
     stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
     generator: torch.Generator | None = None,
+    *,
+    prompt_ids: Sequence[Sequence[int]] = (),
+    ends: Callable[[Int[Tensor, " b"]], Bool[Tensor, " b"]] | None = None,
 ) -> Iterator[GenerationStep]:
     """Continue a ragged batch of prompts, one step at a time, until every row has ended.
 
@@ -63,12 +75,19 @@ def generate(
     torch's global one) gives one number a row and step; greedy choice draws none. The caller may stop iterating at any
     time.
 
+    A repetition penalty counts each row's `prompt_ids` and what was generated; ids that stand for no text (image slots)
+    do not belong there, and without any only what was generated counts. `ends` is asked with each step's tokens, before
+    they are given out, which rows are to end with them (True), such as `StopTexts`.
+
     Raises:
-        ValueError: prompts and bounds do not fit, a prompt is empty, or the stop ids are neither shared nor one
-            sequence a row.
+        ValueError: prompts and bounds do not fit, a prompt is empty, the stop ids are neither shared nor one sequence a
+            row, or the prompt ids are not one sequence a row of the model's ids.
     """
     batch, device = cu_seqlens.shape[0] - 1, inputs.device
     stops = _stop_table(stop_ids, batch).to(device)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = _seen_table(prompt_ids, batch, model.cfg.vocab_size).to(device)
     cache = model.new_cache(batch)
     hidden = model.prefill(inputs, cu_seqlens, cache)
     # rows[j] is the caller's row that stands at place j of the cache
@@ -80,11 +99,18 @@ def generate(
             draw_device = device if generator is None else generator.device
             # always one for each of the caller's rows, so that dropping rows does not shift the stream
             uniform = torch.rand(batch, generator=generator, device=draw_device).to(device)[rows]
-        chosen = choose_tokens(model.logits(hidden), sampling, uniform)
+        logits = model.logits(hidden)
+        if seen is not None:
+            logits = penalise_repeats(logits, seen[rows], sampling.repetition_penalty)
+        chosen = choose_tokens(logits, sampling, uniform)
         tokens = torch.full((batch,), FINISHED, dtype=torch.int64, device=device)
         tokens[rows] = chosen
         tokens[is_finished] = FINISHED
         is_finished = is_finished | (tokens[:, None] == stops).any(dim=1) & (tokens != FINISHED)
+        if ends is not None:
+            is_finished = is_finished | ends(tokens).to(device)
+        if seen is not None:
+            seen[rows, chosen] = True
         yield GenerationStep(tokens, is_finished)
         is_live = ~is_finished[rows]
         num_live = int(is_live.sum())
@@ -103,6 +129,20 @@ def collect(steps: Iterator[GenerationStep]) -> list[list[int]]:
     if not columns:
         return []
     return [[token for token in row if token != FINISHED] for row in torch.stack(columns, dim=1).tolist()]
+
+
+def _seen_table(prompt_ids: Sequence[Sequence[int]], batch: int, vocab_size: int) -> Bool[Tensor, "b v"]:
+    """Return which tokens each row's prompt holds."""
+    ids = [list(row) for row in prompt_ids]
+    if ids and (len(ids) != batch or any(not 0 <= token < vocab_size for row in ids for token in row)):
+        raise ValueError(
+            f"prompt_ids: expected ids below {vocab_size} for each of {batch} rows, got {len(ids)} rows of ids up to "
+            f"{max((token for row in ids for token in row), default=None)}; leave out what is no token of the text"
+        )
+    seen = torch.zeros(batch, vocab_size, dtype=torch.bool)
+    for row, tokens in enumerate(ids):
+        seen[row, tokens] = True
+    return seen
 
 
 def _stop_table(stop_ids: Sequence[int] | Sequence[Sequence[int]], batch: int) -> Int[Tensor, "b s"]:

@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
         """Names of the control tokens that swallow the white space behind them."""
         ...
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, is_continued: bool = False) -> list[int]:
         """Encode untrusted text: never a control id, whatever it spells."""
         ...
 
@@ -110,13 +110,17 @@ class PieceTokenizer(ABC):
     def encode_with_control(self, text: str) -> list[int]:
         """Encode trusted text in which control tokens are written by name."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, is_continued: bool = False) -> list[int]:
         """Encode untrusted text: never a control id, whatever it spells. Lone surrogates become U+FFFD.
 
+        `is_continued` puts no space in front, as for text that goes on behind something else.
+
         Raises:
-            ValueError: the vocabulary lets ordinary text reach a control id (found for its own names on construction).
+            ValueError: the vocabulary lets ordinary text reach a control id (found for its own names on construction),
+                or has pieces across a line's end, so that `is_continued` cannot be had.
         """
-        ids = self._encode_plain(_SURROGATES.sub("\ufffd", text))
+        text = _SURROGATES.sub("\ufffd", text)
+        ids = self._encode_behind_newline(text) if is_continued and self.has_prefix_space else self._encode_plain(text)
         if not self._forbidden.isdisjoint(ids):
             names = sorted({self._control_names[x] for x in ids if x in self._forbidden})
             raise ValueError(
@@ -124,6 +128,16 @@ class PieceTokenizer(ABC):
                 "the vocabulary merges characters into them, train or export it without"
             )
         return ids
+
+    def _encode_behind_newline(self, text: str) -> list[int]:
+        """Encode without the leading space: behind a line's end, whose own tokens are then taken away."""
+        newline = self._encode_plain("\n")
+        ids = self._encode_plain("\n" + text)
+        if ids[: len(newline)] != newline:
+            raise ValueError(
+                f"tokenizer: expected no piece across a line's end, got one in {text[:20]!r}; encode it whole"
+            )
+        return ids[len(newline) :]
 
     def token_id(self, name: str) -> int:
         """Return the id of the control token of this name.

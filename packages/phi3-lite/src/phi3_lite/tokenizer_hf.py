@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from tokenizers import AddedToken
@@ -13,11 +13,41 @@ from .tokenizer import PieceTokenizer, piece_bytes
 Json = dict[str, Any]
 
 
+class _AddedToken(msgspec.Struct, frozen=True):
+    content: str
+    id: int
+    rstrip: bool = False
+
+
+class _Model(msgspec.Struct, frozen=True):
+    vocab: dict[str, int]
+    merges: list[str | list[str]]
+    unk_token: str | None = None
+
+
+class _DecoderStep(msgspec.Struct, frozen=True):
+    type: str
+    content: str | None = None
+    start: int | None = None
+    stop: int | None = None
+    # None where the step is no sequence of others
+    decoders: list["_DecoderStep"] | None = None
+
+
+class _Description(msgspec.Struct, frozen=True):
+    """What is read here of a tokenizer.json; the library reads the rest."""
+
+    model: _Model
+    added_tokens: list[_AddedToken] | None = None
+    decoder: _DecoderStep | None = None
+
+
 class HFTokenizer(PieceTokenizer):
     """BPE as in the file, in two copies: one with the file's added tokens for trusted text, one without for all other.
 
     Taking the added tokens away is what makes `encode` safe: the library's own switch, `encode_special_tokens`, leaves
-    those in that are added but not marked special, such as Phi-3's `</s>`.
+    those in that are added but not marked special, such as Phi-3's `</s>`. Truncation and padding that the file may ask
+    for are switched off: text is encoded whole, and as it is.
     """
 
     def __init__(self, json: str) -> None:
@@ -26,20 +56,20 @@ class HFTokenizer(PieceTokenizer):
         Raises:
             ValueError: it is not one, or its model or decoder is of a kind that is not handled.
         """
-        spec = _read(json)
-        added = cast("list[Json]", spec["added_tokens"] or [])
-        control = {cast(str, token["content"]): cast(int, token["id"]) for token in added}
-        is_byte_level, has_prefix_space = _decoder_kind(spec["decoder"])
+        spec, known = _read(json)
+        added = known.added_tokens or []
+        control = {token.content: token.id for token in added}
+        is_byte_level, has_prefix_space = _decoder_kind(known.decoder)
         to_bytes = _byte_level_bytes if is_byte_level else piece_bytes
-        vocab = cast("dict[str, int]", spec["model"]["vocab"])
-        self._trusted = Backend.from_str(json)
-        self._plain = Backend.from_str(_without_control(spec, control).decode())
+        vocab = known.model.vocab
+        self._trusted = _backend(json)
+        self._plain = _backend(_without_control(spec, known.model, control).decode())
         super().__init__(
             {token: to_bytes(piece) for piece, token in vocab.items() if piece not in control},
             control,
-            [token["content"] for token in added if token["rstrip"]],
+            [token.content for token in added if token.rstrip],
             has_prefix_space=has_prefix_space,
-            unknown_id=vocab.get(spec["model"].get("unk_token") or ""),
+            unknown_id=vocab.get(known.model.unk_token or ""),
         )
 
     @classmethod
@@ -69,35 +99,51 @@ class HFTokenizer(PieceTokenizer):
         return self._trusted.encode(text, add_special_tokens=False).ids
 
 
-def _read(json: str) -> Json:
+def _read(json: str) -> tuple[Json, _Description]:
+    """Return the whole description, and typed what is read of it here."""
     try:
         spec = msgspec.json.decode(json, type=dict[str, Any])
         kind = spec["model"]["type"]
-    except (msgspec.MsgspecError, KeyError, TypeError) as error:
-        raise ValueError(f"tokenizer.json: expected a tokenizer description, got {error}; check the file") from error
-    if kind != "BPE":
-        raise ValueError(f"tokenizer.json: expected a BPE model, got {kind}; use another tokenizer file")
-    return spec
+        if kind != "BPE":
+            raise ValueError(f"tokenizer.json: expected a BPE model, got {kind}; use another tokenizer file")
+        return spec, msgspec.convert(spec, _Description)
+    except (msgspec.MsgspecError, KeyError, TypeError, RecursionError) as error:
+        raise _no_description(error) from error
 
 
-def _without_control(spec: Json, control: dict[str, int]) -> bytes:
+def _backend(json: str) -> Backend:
+    """Make the library's tokenizer, which cuts and pads nothing."""
+    try:
+        backend = Backend.from_str(json)
+    # The library raises nothing narrower.
+    except Exception as error:
+        raise _no_description(error) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _no_description(error: Exception) -> ValueError:
+    return ValueError(f"tokenizer.json: expected a tokenizer description, got {error!r}; check the file")
+
+
+def _without_control(spec: Json, model: _Model, control: dict[str, int]) -> bytes:
     """Return the description without added tokens, and without merges that would put one together from its letters.
 
     Such merges come up when the names stood in the training text: the trainer reuses the id that the name has already.
     """
-    model = cast(Json, spec["model"])
-    merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in cast("list[Any]", model["merges"])]
+    merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.merges]
     kept = [pair for pair in merges if not {*pair, "".join(pair)} & control.keys()]
-    return msgspec.json.encode({**spec, "added_tokens": [], "model": {**model, "merges": kept}})
+    return msgspec.json.encode({**spec, "added_tokens": [], "model": {**spec["model"], "merges": kept}})
 
 
-def _decoder_kind(decoder: Json | None) -> tuple[bool, bool]:
+def _decoder_kind(decoder: _DecoderStep | None) -> tuple[bool, bool]:
     """Return whether pieces are byte-level and whether decoding takes a leading space away."""
-    steps = [] if decoder is None else cast("list[Json]", decoder.get("decoders", [decoder]))
-    kinds = [cast(str, step["type"]) for step in steps]
-    strips = [step for step in steps if step["type"] == "Strip"]
+    steps = [] if decoder is None else [decoder] if decoder.decoders is None else decoder.decoders
+    kinds = [step.type for step in steps]
+    strips = [step for step in steps if step.type == "Strip"]
     is_known = set(kinds) <= {"Replace", "ByteFallback", "Fuse", "ByteLevel", "Strip"}
-    is_plain_strip = all((s["content"], s["start"], s["stop"]) == (" ", 1, 0) for s in strips)
+    is_plain_strip = all((s.content, s.start, s.stop) == (" ", 1, 0) for s in strips)
     if not is_known or not is_plain_strip or ("ByteLevel" in kinds) == ("ByteFallback" in kinds):
         raise ValueError(
             f"tokenizer.json: expected a ByteLevel or a ByteFallback decoder, at most one leading space stripped, "
@@ -117,4 +163,8 @@ _BYTE_OF = _byte_level_table()
 
 
 def _byte_level_bytes(piece: str) -> bytes:
+    if strange := sorted(set(piece) - _BYTE_OF.keys()):
+        raise ValueError(
+            f"tokenizer.json: expected byte-level pieces, got {piece!r} with {strange}; use another tokenizer file"
+        )
     return bytes(_BYTE_OF[char] for char in piece)

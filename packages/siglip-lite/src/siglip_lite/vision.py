@@ -48,7 +48,7 @@ def interpolate_positions(table: Float[Tensor, "n d"], grid: tuple[int, int]) ->
 
 
 def conv_stem(width: int, strides: Sequence[int]) -> nn.Sequential:
-    """Build one 3×3 convolution a stride (2 or 3), channels doubling to the width, GELU between.
+    """Build one 3×3 convolution a stride (2 or 3), channels doubling to the width, ReLU between.
 
     Patch i's feature sees its own pixels and, through the stride-2 convolutions, a few beyond its border.
     """
@@ -56,7 +56,7 @@ def conv_stem(width: int, strides: Sequence[int]) -> nn.Sequential:
     stem = nn.Sequential()
     for i, (c_in, c_out) in enumerate(itertools.pairwise(channels)):
         if i > 0:
-            stem.append(nn.GELU(approximate="tanh"))
+            stem.append(nn.ReLU())
         # At stride 3 the windows lie side by side; at stride 2 they overlap by a pixel, the first one over the border.
         stem.append(nn.Conv2d(c_in, c_out, kernel_size=3, stride=strides[i], padding=1 if strides[i] == 2 else 0))
     return stem
@@ -146,7 +146,7 @@ class SiglipVision(nn.Module):
         init_encoder(self, generator)
         convs = [module for module in self.embeddings.modules() if isinstance(module, nn.Conv2d)]
         for i, conv in enumerate(convs):
-            # LeCun's 1 / fan_in; in a conv stem, GELU before all but the first about halves the power of what comes in.
+            # LeCun's 1 / fan_in; in a conv stem, ReLU before all but the first halves the power of what comes in.
             gain = 1.0 if i == 0 else 2.0
             init_cut_normal(conv.weight, math.sqrt(gain / conv.weight[0].numel()), generator)
             assert conv.bias is not None

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from interleave_data import samples_digest as samples_digest
+
     from .atomic import write_atomically as write_atomically
     from .config import OptimizerConfig as OptimizerConfig
     from .config import ScheduleConfig as ScheduleConfig
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from .metrics import MetricsLog as MetricsLog
     from .metrics import StepRecord as StepRecord
     from .metrics import read_metrics as read_metrics
-    from .metrics import samples_digest as samples_digest
     from .muon import Muon as Muon
     from .muon import orthogonalize as orthogonalize
     from .optimizer import Optimizers as Optimizers
@@ -67,7 +68,7 @@ _HOMES = {
     "orthogonalize": "muon",
     "peak_rss_bytes": "measure",
     "read_metrics": "metrics",
-    "samples_digest": "metrics",
+    "samples_digest": "loop",
     "write_atomically": "atomic",
 }
 __all__ = [

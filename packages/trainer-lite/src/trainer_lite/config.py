@@ -54,7 +54,7 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     kind: Literal["constant", "cosine", "linear"] = "cosine"
     """The shape after the warm-up."""
     warmup_steps: int = 0
-    """Updates until the peak is reached."""
+    """Updates until the peak is reached; a run that is shorter reaches it at its end."""
     min_ratio: float = 0.1
     """The last rate as a share of the peak; unused by "constant"."""
 
@@ -100,7 +100,3 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for name in ("save_every", "eval_every", "grad_clip"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}", "a number >= 0", value, "0 turns it off")
-        warmup_steps = self.schedule.warmup_steps
-        rule = f"at most train.max_steps = {self.max_steps}"
-        advice = "shorten the warm-up or train longer"
-        _require(warmup_steps <= self.max_steps, "schedule.warmup_steps", rule, warmup_steps, advice)

@@ -22,17 +22,27 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from blip3_lite.folder import read_manifest
+from blip3_lite import read_manifest
+from interleave_data import samples_digest
 
 from .config import TrainConfig
 from .contract import BatchT, ModelFiles, StepModel, Stream
-from .metrics import StepRecord, format_count, format_record, samples_digest
+from .metrics import StepRecord, format_count, format_record
 from .optimizer import Optimizers
 from .progress import Progress, QuietProgress
 from .run_folder import RunFolder
 from .schedule import learning_rate_factor
 from .stop import StopFlag
-from .train_state import Counters, SavedState, config_differences, load_tensors, read_state, state_writers
+from .train_state import (
+    Counters,
+    SavedState,
+    config_differences,
+    load_tensors,
+    parameter_differences,
+    read_state,
+    state_keys,
+    state_writers,
+)
 from .update_sum import UpdateSum
 
 
@@ -45,11 +55,13 @@ class FitResult:
     """How a stage ended."""
 
     reason: Literal["max_steps", "stream_end", "stopped"]
+    """A stage whose last step is done has ended by max_steps, though somebody asked to stop during that step; who runs
+    several stages looks at the StopFlag between them."""
     counters: Counters
     last: StepRecord | None
     """The last step made by this process."""
     checkpoint: Path | None
-    """The checkpoint written at the end."""
+    """The checkpoint written at the end; None if the stage has made no step, so that there is nothing new to save."""
 
 
 class Trainer(Generic[BatchT]):
@@ -111,6 +123,11 @@ class Trainer(Generic[BatchT]):
                 f"checkpoint {folder}: expected stage {self.stage!r}, got {saved.stage!r}; "
                 "resume that stage, or start this one from its weights"
             )
+        if others := parameter_differences(saved.parameters, self.optimizers):
+            raise ValueError(
+                f"checkpoint {folder}: expected the same trainable parameters, got {'; '.join(others)}; "
+                "resume with the freeze plan and the adapters that wrote it"
+            )
         differences = config_differences(saved.config, self.cfg)
         if saved.data_fingerprint != self.data_fingerprint:
             differences.append(f"data: {saved.data_fingerprint!r} in the checkpoint, {self.data_fingerprint!r} now")
@@ -125,10 +142,10 @@ class Trainer(Generic[BatchT]):
         if self.run is not None:
             self.run.metrics.rewind(self.stage, saved.counters.step)
         # Last, so that nothing above can draw from the restored generators.
-        load_tensors(folder, self.optimizers)
+        load_tensors(folder, saved.parameters, self.optimizers)
 
     def fit(self) -> FitResult:
-        """Train until max_steps, the end of the stream, or a wish to stop; save at the end.
+        """Train until max_steps, the end of the stream, or a wish to stop; save at the end if a step has been made.
 
         Raises:
             NonFiniteError: max_nonfinite_steps steps in a row were not finite.
@@ -271,7 +288,8 @@ class Trainer(Generic[BatchT]):
                 "step": self.counters.step + 1,
                 "loss": str(loss),
                 "grad_norm": str(grad_norm),
-                "sample_ids": update.sample_ids,
+                # A file name that is no UTF-8 holds surrogates, which JSON cannot.
+                "sample_ids": [name.encode("utf-8", "backslashreplace").decode() for name in update.sample_ids],
             }
             with self.run.nonfinite_path.open("ab") as file:
                 file.write(msgspec.json.encode(entry) + b"\n")
@@ -286,13 +304,15 @@ class Trainer(Generic[BatchT]):
             self.on_step(record)
 
     def _save(self, is_kept: bool) -> Path | None:
-        if self.run is None or self.files is None:
+        # Before the first step the folder of this number is the end of the stage before.
+        if self.run is None or self.files is None or self.counters.step == 0:
             return None
         self.run.metrics.sync()
         state = SavedState(
             stage=self.stage,
             counters=self.counters,
             stream=self.stream.state_dict(),
+            parameters=state_keys(self.optimizers),
             config=self.cfg,
             data_fingerprint=self.data_fingerprint,
         )

@@ -1,9 +1,8 @@
 """metrics.jsonl: one line per optimiser step, whole or absent, without steps told twice after a resume."""
 
-import hashlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -29,22 +28,13 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     lr: float
     """AdamW's rate of this step, before the scales of its groups."""
     samples_digest: str
-    """See `samples_digest`."""
+    """`interleave_data.samples_digest` of the ids in the order in which the model saw them."""
     skipped: dict[str, int]
     """Left out so far in this stage, by reason: samples, and whole updates (non_finite_update, no_target_update)."""
     parts: dict[str, float] = {}
     """Further means from the model."""
     evaluation: dict[str, float] = {}
     """What the evaluation callback returned at this step."""
-
-
-def samples_digest(sample_ids: Iterable[str]) -> str:
-    """Return 16 hex digits of sha256 over the ids in order; each id is preceded by its length in bytes."""
-    digest = hashlib.sha256()
-    for sample_id in sample_ids:
-        encoded = sample_id.encode()
-        digest.update(b"%d:%b" % (len(encoded), encoded))
-    return digest.hexdigest()[:16]
 
 
 def format_record(record: StepRecord, max_steps: int) -> str:
@@ -89,12 +79,15 @@ class MetricsLog:
                 os.fsync(file.fileno())
 
     def rewind(self, stage: str, step: int) -> None:
-        """Keep the lines up to `step` of `stage`; drop a cut last line and whatever follows the first later line."""
+        """Keep the lines up to `step` of `stage`; drop a cut last line and whatever follows the first later line.
+
+        Raises:
+            ValueError: a line that is no record, with its number.
+        """
         if not self.path.exists():
             return
         kept: list[bytes] = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            record = _decode(line)
+        for line, record in _lines(self.path):
             if record is None or (record.stage == stage and record.step > step):
                 break
             kept.append(line)
@@ -110,20 +103,20 @@ def _decode(line: bytes) -> StepRecord | None:
     return msgspec.convert(fields, StepRecord)
 
 
+def _lines(path: Path) -> Iterator[tuple[bytes, StepRecord | None]]:
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            yield line, _decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a step record, got {line[:80]!r}; {error}; remove the line"
+            ) from error
+
+
 def read_metrics(path: Path) -> list[StepRecord]:
     """Return the records of a metrics.jsonl; a cut last line, the mark of a killed run, is left out.
 
     Raises:
         ValueError: a line that is no record, with its number.
     """
-    records: list[StepRecord] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        try:
-            record = _decode(line)
-        except (msgspec.DecodeError, msgspec.ValidationError, KeyError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected a step record, got {line[:80]!r}; {error}; remove the line"
-            ) from error
-        if record is not None:
-            records.append(record)
-    return records
+    return [record for _, record in _lines(path) if record is not None]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from blip3_lite.folder import CheckpointError, read_manifest, write_folder
+from blip3_lite import CheckpointError, read_manifest, write_folder
 
 from .atomic import write_atomically
 from .metrics import MetricsLog
@@ -64,6 +64,9 @@ class RunFolder:
         Only the `keep_last` newest stay, besides those whose manifest says `is_kept`.
         """
         path = self.checkpoints_path / f"step-{step:08d}"
+        if not _is_checkpoint(path):
+            # A damaged one that a resume has passed over. Folders of this name are the run's own.
+            shutil.rmtree(path, ignore_errors=True)
         write_folder(path, writers, manifest)
         write_atomically(self.latest_path, path.name.encode() + b"\n")
         self._prune(keep_last, newest=path)
@@ -85,8 +88,9 @@ class RunFolder:
         """
         candidates = self.checkpoints()[::-1]
         if self.latest_path.is_file():
-            latest = self.checkpoints_path / self.latest_path.read_text().strip()
-            candidates.sort(key=lambda path: path != latest)
+            # Bytes: whatever a damaged file holds, it only names no folder then.
+            latest = self.latest_path.read_bytes().strip()
+            candidates.sort(key=lambda path: path.name.encode() != latest)
         refused: list[str] = []
         for path in candidates:
             try:
@@ -103,3 +107,11 @@ def _is_kept(path: Path) -> bool:
         return read_manifest(path, verify=False).get("is_kept") is True
     except CheckpointError:
         return False
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        read_manifest(path, verify=False)
+    except CheckpointError:
+        return False
+    return True

@@ -5,7 +5,7 @@ Files: optimizer.safetensors (`<parameter>/<key>`), rng.safetensors (uint8 state
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -37,12 +37,14 @@ class Counters(msgspec.Struct, kw_only=True):
 class SavedState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """state.json."""
 
-    format: int = 1
+    format: Literal[1] = 1
     stage: str
     counters: Counters
     stream: dict[str, Any]
     config: TrainConfig
     data_fingerprint: str
+    parameters: dict[str, list[str]]
+    """Each trainable parameter with the keys of its optimiser state: none before its first update."""
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -92,15 +94,44 @@ def read_state(folder: Path) -> SavedState:
         )
     try:
         return msgspec.json.decode(path.read_bytes(), type=SavedState)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"checkpoint {path}: expected a training state of format 1, got: {error}; use the version that wrote it"
         ) from error
 
 
-def load_tensors(folder: Path, optimizers: Optimizers) -> None:
-    """Load the optimiser's tensors and, last of all, the random states."""
-    optimizers.load_state_tensors(load_file(folder / OPTIMIZER_FILE))
+def state_keys(optimizers: Optimizers) -> dict[str, list[str]]:
+    """Return what `SavedState.parameters` holds of these optimisers."""
+    keys: dict[str, list[str]] = {name: [] for name in optimizers.parameters}
+    for full_name in optimizers.state_tensors():
+        name, _, key = full_name.rpartition("/")
+        keys[name].append(key)
+    return keys
+
+
+def parameter_differences(saved: Mapping[str, list[str]], optimizers: Optimizers) -> list[str]:
+    """List the parameters that were trained and are not, or are trained and were not."""
+    current = optimizers.parameters
+    return [f"{name}: trained in the checkpoint only" for name in saved if name not in current] + [
+        f"{name}: trained now only" for name in current if name not in saved
+    ]
+
+
+def load_tensors(folder: Path, parameters: Mapping[str, list[str]], optimizers: Optimizers) -> None:
+    """Load the optimiser's tensors and, last of all, the random states. `parameters`: as in state.json.
+
+    Raises:
+        ValueError: the optimiser's file does not hold the tensors that state.json names, or they do not fit; nothing
+            has been changed.
+    """
+    tensors = load_file(folder / OPTIMIZER_FILE)
+    expected = {f"{name}/{key}" for name, keys in parameters.items() for key in keys}
+    if wrong := sorted(expected ^ tensors.keys()):
+        raise ValueError(
+            f"checkpoint {folder / OPTIMIZER_FILE}: expected the {len(expected)} tensors that {STATE_FILE} names, got "
+            f"{len(tensors)}, at odds in {', '.join(wrong[:8])}; use an earlier checkpoint"
+        )
+    optimizers.load_state_tensors(tensors)
     set_rng_state(load_file(folder / RNG_FILE))
 
 

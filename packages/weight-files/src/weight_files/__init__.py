@@ -4,9 +4,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import WeightsError as WeightsError
+    from .pickled import open_pickled as open_pickled
+    from .plan import Differences as Differences
     from .plan import Piece as Piece
     from .plan import Recipe as Recipe
     from .plan import Target as Target
+    from .plan import compare_tensors as compare_tensors
     from .plan import load_tensors as load_tensors
     from .plan import same_names as same_names
     from .plan import unique_tensors as unique_tensors
@@ -18,9 +21,9 @@ if TYPE_CHECKING:
     from .source import TensorDict as TensorDict
     from .source import TensorInfo as TensorInfo
     from .source import TensorSource as TensorSource
-    from .source import open_pickled as open_pickled
 
 __all__ = [
+    "Differences",
     "Piece",
     "Recipe",
     "SafetensorsFiles",
@@ -31,6 +34,7 @@ __all__ = [
     "TensorSource",
     "WeightsError",
     "as_they_are",
+    "compare_tensors",
     "load_tensors",
     "open_pickled",
     "plan_shards",
@@ -39,6 +43,7 @@ __all__ = [
     "unique_tensors",
 ]
 _HOMES = {
+    "Differences": "plan",
     "Piece": "plan",
     "Recipe": "plan",
     "SafetensorsFiles": "source",
@@ -49,8 +54,9 @@ _HOMES = {
     "TensorSource": "source",
     "WeightsError": "errors",
     "as_they_are": "shards",
+    "compare_tensors": "plan",
     "load_tensors": "plan",
-    "open_pickled": "source",
+    "open_pickled": "pickled",
     "plan_shards": "shards",
     "same_names": "plan",
     "shard_writers": "shards",

@@ -81,6 +81,64 @@ def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
     return unique
 
 
+@dataclass(frozen=True)
+class Differences:
+    """How the tensors of a source and of a model differ, by names; all empty where a load would succeed."""
+
+    where: str
+    """The source."""
+    missing: tuple[str, ...]
+    """Source tensors that the model needs."""
+    unexpected: tuple[str, ...]
+    """Source tensors that nothing needs."""
+    misshaped: tuple[str, ...]
+    """In words: what was expected of which, and what is there."""
+    left: tuple[str, ...]
+    """Target tensors that are missing and allowed to be."""
+
+    def __bool__(self) -> bool:
+        """Whether there is any that matters."""
+        return bool(self.missing or self.unexpected or self.misshaped)
+
+    def __str__(self) -> str:
+        lines = [f"weights {self.where}: the tensors are not those of the model"]
+        for what, names in (
+            ("missing", self.missing), ("unexpected", self.unexpected), ("misshaped", self.misshaped),
+        ):  # fmt: skip
+            if names:
+                more = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
+                lines.append(f"  {what} ({len(names)}): {'; '.join(sorted(names)[:_NUM_LISTED])}{more}")
+        return "\n".join(lines)
+
+
+def compare_tensors(
+    source: TensorSource,
+    targets: Mapping[str, Tensor | Target],
+    recipes: Mapping[str, Recipe],
+    *,
+    ignored: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+) -> Differences:
+    """Compare names and shapes as `load_tensors` does, and load nothing; arguments as there."""
+    held = source.tensors
+    missing, misshaped, left = list[str](), list[str](), list[str]()
+    for name, target in targets.items():
+        recipe = recipes.get(name)
+        absent = [piece.name for piece in recipe or () if piece.name not in held]
+        if recipe is None or absent:
+            if any(fnmatchcase(name, pattern) for pattern in allow_missing):
+                left.append(name)
+            else:
+                missing += absent or [f"(nothing for {name})"]
+        elif (shape := _shape_of(source, recipe)) != tuple(target.shape):
+            names = " + ".join(piece.name for piece in recipe)
+            in_all = " in all" if len(recipe) > 1 else ""
+            misshaped.append(f"{names}: expected {list(target.shape)}{in_all}, got {list(shape)}")
+    used = {piece.name for name in targets for piece in recipes.get(name, ())}
+    unexpected = [name for name in held if name not in used and not any(fnmatchcase(name, p) for p in ignored)]
+    return Differences(source.where, tuple(missing), tuple(unexpected), tuple(misshaped), tuple(left))
+
+
 def load_tensors(
     source: TensorSource,
     targets: Mapping[str, Tensor | Target],
@@ -98,25 +156,11 @@ def load_tensors(
     Raises:
         WeightsError: missing, unexpected or misshaped tensors; all of them are listed and nothing is written.
     """
-    held = source.tensors
-    missing, misshaped, left = list[str](), list[str](), list[str]()
+    differences = compare_tensors(source, targets, recipes, ignored=ignored, allow_missing=allow_missing)
+    if differences:
+        raise WeightsError(f"{differences}\nnothing was loaded")
     for name, target in targets.items():
-        recipe = recipes.get(name)
-        absent = [piece.name for piece in recipe or () if piece.name not in held]
-        if recipe is None or absent:
-            if any(fnmatchcase(name, pattern) for pattern in allow_missing):
-                left.append(name)
-            else:
-                missing += absent or [f"(nothing for {name})"]
-        elif (shape := _shape_of(source, recipe)) != tuple(target.shape):
-            names = " + ".join(piece.name for piece in recipe)
-            misshaped.append(f"{names}: expected {list(target.shape)} in all, got {list(shape)}")
-    used = {piece.name for name in targets for piece in recipes.get(name, ())}
-    unexpected = [name for name in held if name not in used and not any(fnmatchcase(name, p) for p in ignored)]
-    if missing or unexpected or misshaped:
-        raise WeightsError(_differences(source.where, missing, unexpected, misshaped))
-    for name, target in targets.items():
-        if name in left:
+        if name in differences.left:
             continue
         sink: Target = _TensorTarget(target) if isinstance(target, Tensor) else target
         start = 0
@@ -129,7 +173,7 @@ def load_tensors(
             del rows
         if on_tensor is not None:
             on_tensor(name)
-    return left
+    return list(differences.left)
 
 
 def _shape_of(source: TensorSource, recipe: Recipe) -> tuple[int, ...]:
@@ -148,12 +192,3 @@ def _shape_of(source: TensorSource, recipe: Recipe) -> tuple[int, ...]:
     if len(shapes) == 1 or not shapes[0] or any(shape[1:] != shapes[0][1:] for shape in shapes):
         return shapes[0]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
-def _differences(where: str, missing: Sequence[str], unexpected: Sequence[str], misshaped: Sequence[str]) -> str:
-    lines = [f"weights {where}: the tensors are not those of the model; nothing was loaded"]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped)):
-        if names:
-            more = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
-            lines.append(f"  {what} ({len(names)}): {'; '.join(sorted(names)[:_NUM_LISTED])}{more}")
-    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Tokenizer files of Hugging Face folders, in and out: tokenizer.json or tokenizer.model, tokenizer_config.json.
 
-The chat template of a folder is a Jinja program. It is never run: what is read of it is whether it begins with the BOS
-token. The format itself follows from the markers that the tokenizer has.
+The chat template of a folder is a Jinja program. It is never run: what is read of it is whether it writes the BOS
+token, and whose system turn. Phi-3's format follows from the markers that the tokenizer has.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,13 +12,14 @@ import msgspec
 
 from weight_files import WeightsError
 
-from ..chat import ChatTemplate
+from ..chat import SMOLLM2_SYSTEM, ChatTemplate
 from ..tokenizer import Tokenizer
 from ..tokenizer_hf import HFTokenizer
 from ..tokenizer_sp import PHI3_STRIPS_RIGHT, SentencePieceTokenizer
 
 _BOS, _PAD = "<s>", "<|endoftext|>"
-_MARKERS = frozenset({"<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"})
+_PHI3 = frozenset({"<|system|>", "<|user|>", "<|assistant|>", "<|end|>", _PAD})
+_CHATML = frozenset({"<|im_start|>", "<|im_end|>", _PAD})
 
 
 class _Added(msgspec.Struct):
@@ -55,9 +56,7 @@ def _read(folder: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
         raise ValueError("expected tokenizer.json or tokenizer.model, got neither; finish the download")
     else:
         return None, None
-    if not tokenizer.control_ids.keys() >= _MARKERS:
-        return tokenizer, None
-    return tokenizer, ChatTemplate(tokenizer, has_bos=_has_bos(folder, config) and _BOS in tokenizer.control_ids)
+    return tokenizer, _chat(tokenizer, _template(folder, config), add_bos=config.add_bos_token is True)
 
 
 def _read_sentencepiece(folder: Path, config: _TokenizerConfig) -> SentencePieceTokenizer:
@@ -71,13 +70,20 @@ def _read_sentencepiece(folder: Path, config: _TokenizerConfig) -> SentencePiece
     return SentencePieceTokenizer.from_file(folder / "tokenizer.model", added, strips_right)
 
 
-def _has_bos(folder: Path, config: _TokenizerConfig) -> bool:
-    template = config.chat_template
+def _template(folder: Path, config: _TokenizerConfig) -> str | None:
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if isinstance(template, str):
-        return "bos_token" in template
-    return config.add_bos_token is True
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return config.chat_template if isinstance(config.chat_template, str) else None
+
+
+def _chat(tokenizer: Tokenizer, template: str | None, *, add_bos: bool) -> ChatTemplate | None:
+    if tokenizer.control_ids.keys() >= _PHI3:
+        has_bos = add_bos if template is None else "bos_token" in template
+        return ChatTemplate(tokenizer, has_bos=has_bos and _BOS in tokenizer.control_ids)
+    # other models' ChatML differs in the system turn, which the program would have to be run to learn
+    if tokenizer.control_ids.keys() >= _CHATML and SMOLLM2_SYSTEM in (template or ""):
+        return ChatTemplate(tokenizer, kind="chatml")
+    return None
 
 
 def tokenizer_writers(

@@ -38,14 +38,23 @@ class LoadedLM(NamedTuple):
 
 
 def open_published(path: Path | str) -> PublishedLM:
-    """Open a Hugging Face folder: everything but the weights themselves is read.
+    """Open a GGUF file or a Hugging Face folder: everything but the weights themselves is read.
 
     Raises:
         WeightsError: there is none, or it cannot be loaded as it is.
     """
-    published = read_huggingface(path)
+    published = _open_gguf(path) if Path(path).is_file() else read_huggingface(path)
     check_ids(published.config, published.tokenizer, published.generation.stop_ids, str(path))
     return published
+
+
+def _open_gguf(path: Path | str) -> PublishedLM:
+    # the gguf package costs a moment to import, and folders do without
+    from .gguf import read_gguf
+
+    held = read_gguf(path)
+    chat = None if held.chat is None else ChatTemplate(held.tokenizer, kind=held.chat)
+    return PublishedLM(held.config, held.source, held.recipes, held.tokenizer, held.generation, chat)
 
 
 def load_lm(
@@ -57,7 +66,7 @@ def load_lm(
     allow_missing: Sequence[str] = (),
     on_tensor: Callable[[str], None] | None = None,
 ) -> LoadedLM:
-    """Load the model at `path` into `dtype` (None: the one that most of its bytes have) on `device`.
+    """Load a GGUF file or a Hugging Face folder into `dtype` (None: the one that most of its bytes have) on `device`.
 
     quantize: hold the layers' matrices as integers. allow_missing: shell patterns of the model's tensors that may be
     missing; they are drawn anew and named in `left_random`. on_tensor: called with each tensor's name once it is there.

@@ -1,0 +1,107 @@
+"""The held-out questions of the embedded world, and the figures that they give."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from tqdm import tqdm
+
+from blip3_lite import Blip3, EncodedSample, FeatureCache, Processor, collate
+from eval_lite import EvalItem, GroupScore, Prediction, encode_prompts, macro_accuracy, predict, score_groups
+from phi3_lite import SamplingConfig
+from scene_world import REFUSAL
+from train_world import exam_items, score
+from vlm_metrics import binary_f1, is_refusal
+
+_BATCH = 256
+_ANSWER = SamplingConfig(max_new_tokens=16)
+
+
+class StageScores(msgspec.Struct, frozen=True, kw_only=True):
+    """What one stage's exam gave."""
+
+    overall: float
+    """Mean of the skills' accuracies, each skill counting the same."""
+    absent_f1: float
+    """F1 of "no" on presence questions."""
+    refused_private: float
+    """Share of questions about private pictures that were refused."""
+    refused_lookalikes: float
+    """Share of questions about benign look-alikes that were refused."""
+    skills: dict[str, GroupScore]
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """summary.json."""
+
+    stages: dict[str, StageScores]
+    wall_s: dict[str, float]
+    wall_s_total: float
+    peak_rss_bytes: int
+    num_parameters: int
+    seed: int
+
+
+@dataclass
+class Exam:
+    """Held-out questions, encoded once, and what was asked and answered after each stage."""
+
+    items: list[EvalItem]
+    prompts: list[EncodedSample]
+    predictions: dict[str, list[Prediction]] = field(default_factory=dict)
+
+    @classmethod
+    def draw(cls, num_questions: int, seed: int, processor: Processor) -> "Exam":
+        """`num_questions` of each skill, for a model trained with `seed`: they are drawn with the next one."""
+        items = exam_items(num_questions, seed + 1)
+        return cls(items, encode_prompts(processor, items))
+
+    def sit(
+        self, stage: str, model: Blip3, processor: Processor, features: FeatureCache | None, share: float = 1.0
+    ) -> StageScores:
+        """Ask the first `share` of each skill's questions (at least one); keep the answers under the stage's name."""
+        asked = first_of_each_skill(self.items, share)
+        with tqdm(total=len(asked), desc=f"{stage} exam", unit="question", disable=None) as bar:
+            predictions = predict(
+                model,
+                processor,
+                [self.items[index] for index in asked],
+                score,
+                prompts=[self.prompts[index] for index in asked],
+                sampling=_ANSWER,
+                batch_size=_BATCH,
+                collate_prompts=collate if features is None else features.collate,
+                on_progress=bar.update,
+            )
+        self.predictions[stage] = predictions
+        return summarise(predictions)
+
+
+def first_of_each_skill(items: Sequence[EvalItem], share: float) -> list[int]:
+    """Indices, in order, of the first `share` of each skill's items, rounded up."""
+    members: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        members.setdefault(item.group, []).append(index)
+    return [index for group in members.values() for index in group[: math.ceil(share * len(group))]]
+
+
+def summarise(predictions: Sequence[Prediction]) -> StageScores:
+    """Accuracy by skill, and the figures of the last two stages."""
+    skills = score_groups(predictions)
+    presence = [prediction for prediction in predictions if prediction.group == "presence"]
+    cards = [prediction for prediction in predictions if prediction.group == "private"]
+    private = [is_refusal(card.prediction) for card in cards if card.answer == REFUSAL]
+    lookalikes = [is_refusal(card.prediction) for card in cards if card.answer != REFUSAL]
+    absent = binary_f1(
+        [prediction.prediction.strip().lower() for prediction in presence],
+        [prediction.answer for prediction in presence],
+        positive="no",
+    )
+    return StageScores(
+        overall=macro_accuracy(skills),
+        absent_f1=absent.f1,
+        refused_private=sum(private) / max(1, len(private)),
+        refused_lookalikes=sum(lookalikes) / max(1, len(lookalikes)),
+        skills=skills,
+    )
