@@ -26,6 +26,35 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def siglip_sentencepiece() -> bytes:
+    """A tiny SentencePiece model with the control ids of SigLIP's: pad 0, end 1, unknown 2."""
+    import io
+
+    from sentencepiece import SentencePieceTrainer
+
+    texts = [
+        "a photo of a red square",
+        "two green circles and a blue cat on the mat",
+        "the quick brown fox jumps over the lazy dog",
+        "café naïve Ünïcode ß 2 cats, 10 dogs",
+    ]
+    written = io.BytesIO()
+    SentencePieceTrainer.Train(
+        sentence_iterator=iter(texts * 4),
+        model_writer=written,
+        vocab_size=90,
+        hard_vocab_limit=False,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return written.getvalue()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # The tensors of these tests are too small to be shared among threads: waking them costs more than the work.

@@ -16,7 +16,7 @@ from blip3_lite.presets import EXTRA_TOKENS, xgen_mm_config
 from blip3_lite.xgen_mm import detect_kind, export_xgen_mm, load_xgen_mm, xgen_mm_tensors, xgen_mm_tokenizer
 from interleave_data import ImagePart, Sample, TextPart, Turn
 from perceiver_resampler import ResamplerConfig
-from phi3_lite import HFTokenizer, Phi3Config, train_tokenizer
+from phi3_lite import IMAGE, ChatTemplate, HFTokenizer, Phi3Config, train_tokenizer
 from siglip_lite import SiglipVisionConfig
 from weight_files import WeightsError, plan_shards
 
@@ -50,7 +50,9 @@ def tokenizer() -> HFTokenizer:
 def loaded(tokenizer: HFTokenizer) -> LoadedModel:
     torch.manual_seed(0)
     model = Blip3(tiny()).eval()
-    torch.nn.init.normal_(model.lang_model.lm_head.bias)
+    bias = model.lang_model.head_bias
+    assert bias is not None
+    torch.nn.init.normal_(bias)
     return LoadedModel(model, Processor(tiny(), tokenizer), CheckpointConfig(model=tiny()))
 
 
@@ -233,19 +235,47 @@ def test_prompt_of_the_instruct_models_is_the_published_one():
         tiny(),
         lm=msgspec.structs.replace(tiny().lm, vocab_size=32015),
         system_prompt=XGEN_MM_SYSTEM_PROMPT,
-        tiling=TilingConfig(tile_px=8, kind="base"),
-        tile_grouping="tiles",
+        has_leading_space=False,
     )
     processor = Processor(cfg, tokenizer)
-    image = ImagePart(b"")
-    turns = (Turn(role="user", parts=(image, TextPart("what is it?"))),)
-    chat = processor.template.encode([("user", processor._chat_parts(turns[0]))], is_prompt=True)
-    text = f"<|system|>\n{XGEN_MM_SYSTEM_PROMPT}<|end|>\n<|user|>\n<image>\nwhat is it?<|end|>\n<|assistant|>\n"
-    assert chat.ids == tokenizer.encode_with_control(text)
-    # No <s> in front; the newline behind a role is swallowed, the one behind an image is not.
-    assert chat.ids[0] == 32006
-    assert chat.ids[chat.image_positions[0] + 1] == 13
+    turn = Turn(role="user", parts=(ImagePart(b""), TextPart("what is it?")))
+    chat = processor.template.encode([("user", processor.chat_parts(turn))], is_prompt=True)
+    # Recorded from transformers 4.41.2, the release's own version: LlamaTokenizer with legacy=False over the same
+    # vocabulary, given the published prompt. No <s>; the newline behind a role is swallowed, the one behind an image is
+    # not; no space is put in front of "A", "what" or the newline.
+    assert chat.ids == [
+        32006, 29909, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,
+        29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 32007,
+        32010, 32012, 13, 5816, 338, 372, 29973, 32007, 32001,
+    ]  # fmt: skip
+    assert chat.image_positions == [33]
     assert processor.stop_ids[0] == 32007
+
+
+@needs_phi3
+def test_free_interleaving_is_tokenized_as_published():
+    tokenizer = xgen_mm_tokenizer(PHI3)
+    template = ChatTemplate(tokenizer, has_leading_space=False)
+    turns = [
+        ("user", ["Hello ", IMAGE, " and  this", IMAGE, "one"]), ("assistant", ["Ok."]), ("user", ["  x"]),
+    ]  # fmt: skip
+    # Recorded as above, from "<|user|>\nHello <image> and  this<image>one<|end|>\n<|assistant|>\nOk.<|end|>…".
+    assert template.encode(turns, is_prompt=True).ids == [
+        32010, 10994, 29871, 32012, 322, 29871, 445, 32012, 650, 32007, 32001, 20434, 29889, 32007, 32010, 29916, 32007,
+        32001,
+    ]  # fmt: skip
+
+
+@needs_phi3
+def test_prompt_of_the_base_model_has_no_chat_format():
+    tokenizer = xgen_mm_tokenizer(PHI3)
+    template = ChatTemplate(tokenizer, kind="plain", has_leading_space=False)
+    shots = [("user", [IMAGE, "A caption:"]), ("assistant", [" a cat"]), ("user", [IMAGE, "A caption:"])]
+    ids = template.encode(shots, is_prompt=True).ids
+    caption = tokenizer.encode("A caption:", is_continued=True)
+    cat = tokenizer.encode(" a cat", is_continued=True)
+    assert ids == [32012, *caption, *cat, 32014, 32012, *caption]
+    assert template.stop_ids == (32014, 32000)
 
 
 def test_a_checkpoint_of_ours_keeps_the_released_choices(loaded, tmp_path, picture):

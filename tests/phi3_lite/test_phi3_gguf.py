@@ -188,6 +188,24 @@ def test_sizes_are_read_from_the_metadata(tiny) -> None:
     assert (cfg.norm_eps, cfg.is_head_tied) == (pytest.approx(1e-5), True)
 
 
+def test_large_tensors_are_read_in_parts(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny()
+    whole, sizes, read = _load(path).state_dict(), list[int](), GGUFFile.read
+
+    def recorded(self: GGUFFile, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        found = read(self, name, rows)
+        sizes.append(found.numel())
+        return found
+
+    monkeypatch.setattr(GGUFFile, "read", recorded)
+    # as large as q, which stays whole as its rows change places
+    monkeypatch.setattr("phi3_lite.formats.gguf._MAX_NUMBERS", 32 * 32)
+    in_parts = _load(path).state_dict()
+    assert max(sizes) <= 32 * 32
+    assert len(sizes) > len(GGUFFile(path).tensors)
+    assert all(torch.equal(in_parts[name], weight) for name, weight in whole.items())
+
+
 def test_head_is_tied_only_where_the_file_has_none(tiny) -> None:
     path = tiny()
     vocab_size = read_gguf(path).config.vocab_size

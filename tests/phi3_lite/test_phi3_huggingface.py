@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from phi3_lite import (
     load_lm,
     mini_128k,
     phi4_mini,
+    quantise_linears,
     save_huggingface,
     train_tokenizer,
 )
@@ -384,53 +383,23 @@ def test_a_chat_begins_with_bos_where_the_published_template_does(tmp_path: Path
     assert again.encode([("user", ["a"])]).ids[0] == tokenizer.token_id("<s>")
 
 
-class _Halved(nn.Module):
-    """Stands for a quantised matrix: keeps half the weight, whatever rows come in."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.register_buffer("halved", torch.empty(plain.weight.shape, device="meta"))
-
-    def target(self) -> "_HalvedTarget":
-        return _HalvedTarget(self.get_buffer("halved"))
-
-
-class _HalvedTarget:
-    def __init__(self, half: Tensor) -> None:
-        self.half = half
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.half.shape)
-
-    def write(self, start: int, rows: Tensor) -> None:
-        self.half[start : start + len(rows)] = rows / 2
-
-
 @pytest.mark.parametrize("arch", ["phi3", "llama"])
-def test_quantised_matrices_are_written_through_their_target(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, arch: str
-) -> None:
-    kinds: list[str] = []
-
-    def quantise_linears(model: Phi3, kind: str) -> None:
-        kinds.append(kind)
-        for layer in model.model.layers:
-            attention = layer.get_submodule("self_attn")
-            attention.qkv_proj = _Halved(attention.get_submodule("qkv_proj"))  # type: ignore[arg-type]
-
-    module = types.ModuleType("phi3_lite.quantised")
-    module.quantise_linears = quantise_linears  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "phi3_lite.quantised", module)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_load_that_quantises_gives_what_quantising_a_loaded_model_gives(folder: Path, kind: Any, arch: str) -> None:
     if arch == "llama":
         _as_llama(folder)
-    model = load_lm(folder, quantize="int4").model
-    assert kinds == ["int4"]
-    expected = _model().state_dict()
-    for name, weight in model.state_dict().items():
-        plain = expected[name.replace("halved", "weight")]
-        assert torch.equal(weight, plain / 2 if name.endswith("halved") else plain), name
-    _change_tensors(folder, lambda tensors: [tensors.pop(x) for x in list(tensors) if "qkv" in x or "q_proj" in x])
-    with pytest.raises(WeightsError, match="expected plain tensors to draw anew, got quantised"):
+    expected = load_lm(folder).model
+    quantise_linears(expected, kind)
+    model = load_lm(folder, quantize=kind).model
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+    ids = torch.arange(9)
+    hidden = model(model.embed(ids))
+    assert torch.equal(model.logits(hidden), expected.logits(expected(expected.embed(ids))))
+    with pytest.raises(ValueError, match="save before quantising"):
+        save_huggingface(folder.parent / "new", model)
+
+
+def test_a_quantised_matrix_that_is_missing_cannot_be_drawn(folder: Path) -> None:
+    _change_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "qkv" in name])
+    with pytest.raises(WeightsError, match=r"expected plain tensors to draw anew, got quantised: .*qkv_proj.weight"):
         load_lm(folder, quantize="int4", allow_missing=["*qkv*"])

@@ -36,6 +36,10 @@ class Blip3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tile_grouping: Literal["tiles", "bands"] = "tiles"
     """Which features the connector reads together: those of a tile, or of a band of a row of tiles, as the released
     any-resolution models do (see `blip3_lite.grouping`)."""
+    chat: Literal["phi3", "chatml", "plain"] = "phi3"
+    """The format of conversations (see `phi3_lite.ChatTemplate`)."""
+    has_leading_space: bool = True
+    """Whether text behind a marker or image gets the tokenizer's leading space; not with the released models."""
     system_prompt: str | None = None
     """Put before a conversation that has no system turn; None for none."""
     image_separator: str = ""

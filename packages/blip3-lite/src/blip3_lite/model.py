@@ -94,7 +94,7 @@ class Blip3(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.lang_model.head_weight.device
+        return self.lang_model.model.norm.weight.device
 
 
 def undrawn_model(cfg: Blip3Config, dtype: torch.dtype = torch.float32) -> Blip3:

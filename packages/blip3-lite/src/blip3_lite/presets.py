@@ -29,6 +29,8 @@ def xgen_mm_config(kind: XgenKind) -> Blip3Config:
             lm=lm,
             tiling=TilingConfig(kind="base"),
             masks_padding_in_vision=False,
+            chat="plain",
+            has_leading_space=False,
         )
     return Blip3Config(
         vision=vision,
@@ -37,6 +39,7 @@ def xgen_mm_config(kind: XgenKind) -> Blip3Config:
         tiling=TilingConfig(),
         masks_padding_in_vision=False,
         tile_grouping="bands",
+        has_leading_space=False,
         system_prompt=XGEN_MM_SYSTEM_PROMPT,
         image_separator="\n",
     )

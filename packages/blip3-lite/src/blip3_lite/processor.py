@@ -38,9 +38,8 @@ def user_turn(images: Sequence[ImagePart], text: str) -> Turn:
 
 
 def load_tokenizer(path: Path) -> HFTokenizer:
-    """Read a tokenizer.json; `<image>` is added to it if it has none."""
-    tokenizer = HFTokenizer.from_file(path)
-    return tokenizer if IMAGE_TOKEN in tokenizer.control_ids else tokenizer.with_control_tokens([IMAGE_TOKEN])
+    """Read a tokenizer.json."""
+    return HFTokenizer.from_file(path)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,15 @@ class Processor:
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.limits = limits or ImageLimits()
-        self.template = ChatTemplate(tokenizer, system=cfg.system_prompt)
+        # An image's slot is known by its place, so any id can stand in it where the tokenizer has none for it.
+        image_id = tokenizer.control_ids.get(IMAGE_TOKEN, tokenizer.control_ids.get("<|endoftext|>"))
+        self.template = ChatTemplate(
+            tokenizer,
+            kind=cfg.chat,
+            system=cfg.system_prompt,
+            has_leading_space=cfg.has_leading_space,
+            image_id=image_id,
+        )
         size = cfg.tiling.tile_px
         self._no_tiles = torch.empty(0, 3, size, size, dtype=torch.uint8)
         self._no_patches = torch.empty(0, cfg.vision.num_patches, dtype=torch.bool)
@@ -162,7 +169,7 @@ class Processor:
     def _assemble(
         self, sample_id: str, source: str, turns: Sequence[Turn], views: Sequence[_Views], *, is_prompt: bool
     ) -> EncodedSample:
-        chat = [ChatTurn(turn.role, self._chat_parts(turn)) for turn in turns]
+        chat = [ChatTurn(turn.role, self.chat_parts(turn)) for turn in turns]
         _refuse_empty_answers(chat)
         encoded = self.template.encode(chat, is_prompt=is_prompt)
         counts = [self.cfg.num_image_tokens(len(item.pixels)) for item in views]
@@ -187,7 +194,8 @@ class Processor:
             tile_keys=tuple(key for item in views for key in item.keys),
         )
 
-    def _chat_parts(self, turn: Turn) -> list[str | ImageSlot]:
+    def chat_parts(self, turn: Turn) -> list[str | ImageSlot]:
+        """Return a turn as the chat template takes it, images as slots with the model's separator behind them."""
         parts: list[str | ImageSlot] = []
         for part in turn.parts:
             if isinstance(part, TextPart):

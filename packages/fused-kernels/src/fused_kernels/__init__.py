@@ -8,6 +8,16 @@ if TYPE_CHECKING:
     from .dense import attention as attention
     from .dispatch import BackendError as BackendError
     from .dispatch import BackendRow as BackendRow
+    from .int_matmul import int4_matmul as int4_matmul
+    from .int_matmul import int8_matmul as int8_matmul
+    from .integers import INT4_GROUP as INT4_GROUP
+    from .integers import dequantise_int4 as dequantise_int4
+    from .integers import dequantise_int8 as dequantise_int8
+    from .integers import int4_block as int4_block
+    from .integers import pack_int4 as pack_int4
+    from .integers import quantise_int4 as quantise_int4
+    from .integers import quantise_int8 as quantise_int8
+    from .integers import unpack_int4 as unpack_int4
     from .linear_loss import linear_cross_entropy as linear_cross_entropy
     from .linear_loss import linear_log_probs as linear_log_probs
     from .norms import layer_norm as layer_norm
@@ -19,36 +29,56 @@ if TYPE_CHECKING:
     from .rotary import rotary_embedding as rotary_embedding
 
 __all__ = [
+    "INT4_GROUP",
     "BackendError",
     "BackendRow",
     "PackPlan",
     "attention",
     "backend_report",
+    "dequantise_int4",
+    "dequantise_int8",
     "gelu_tanh",
+    "int4_block",
+    "int4_matmul",
+    "int8_matmul",
     "layer_norm",
     "linear_cross_entropy",
     "linear_log_probs",
+    "pack_int4",
     "packed_attention",
     "plan_packing",
+    "quantise_int4",
+    "quantise_int8",
     "rms_norm",
     "rotary_embedding",
     "swiglu",
+    "unpack_int4",
 ]
 _HOMES = {
+    "INT4_GROUP": "integers",
     "BackendError": "dispatch",
     "BackendRow": "dispatch",
     "PackPlan": "packed",
     "attention": "dense",
     "backend_report": "report",
+    "dequantise_int4": "integers",
+    "dequantise_int8": "integers",
     "gelu_tanh": "activations",
+    "int4_block": "integers",
+    "int4_matmul": "int_matmul",
+    "int8_matmul": "int_matmul",
     "layer_norm": "norms",
     "linear_cross_entropy": "linear_loss",
     "linear_log_probs": "linear_loss",
+    "pack_int4": "integers",
     "packed_attention": "packed",
     "plan_packing": "packed",
+    "quantise_int4": "integers",
+    "quantise_int8": "integers",
     "rms_norm": "norms",
     "rotary_embedding": "rotary",
     "swiglu": "activations",
+    "unpack_int4": "integers",
 }
 
 

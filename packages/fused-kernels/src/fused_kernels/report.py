@@ -2,7 +2,7 @@
 
 import torch
 
-from . import activations, dense, linear_loss, norms, packed, rotary
+from . import activations, dense, int_matmul, linear_loss, norms, packed, rotary
 from .dispatch import BackendRow
 
 _OPS = (
@@ -15,6 +15,8 @@ _OPS = (
     packed.PACKED_ATTENTION,
     linear_loss.LINEAR_CROSS_ENTROPY,
     linear_loss.LINEAR_LOG_PROBS,
+    int_matmul.INT8_MATMUL,
+    int_matmul.INT4_MATMUL,
 )
 
 

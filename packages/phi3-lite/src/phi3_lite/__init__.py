@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .formats.loading import LoadedLM as LoadedLM
     from .formats.loading import load_lm as load_lm
     from .model import Phi3 as Phi3
+    from .quantised import QuantisedLinear as QuantisedLinear
+    from .quantised import load_targets as load_targets
+    from .quantised import quantise_linears as quantise_linears
     from .sampling import FINISHED as FINISHED
     from .sampling import GenerationStep as GenerationStep
     from .sampling import choose_tokens as choose_tokens
@@ -59,6 +62,7 @@ __all__ = [
     "LongRope",
     "Phi3",
     "Phi3Config",
+    "QuantisedLinear",
     "SamplingConfig",
     "SentencePieceTokenizer",
     "StopCutter",
@@ -70,11 +74,13 @@ __all__ = [
     "cut_at_stop",
     "generate",
     "load_lm",
+    "load_targets",
     "mini_4k",
     "mini_128k",
     "penalise_repeats",
     "phi4_mini",
     "phi35_mini",
+    "quantise_linears",
     "save_huggingface",
     "train_tokenizer",
 ]
@@ -98,6 +104,9 @@ _HOMES = {
     "LoadedLM": "formats.loading",
     "load_lm": "formats.loading",
     "Phi3": "model",
+    "QuantisedLinear": "quantised",
+    "load_targets": "quantised",
+    "quantise_linears": "quantised",
     "FINISHED": "sampling",
     "GenerationStep": "sampling",
     "choose_tokens": "sampling",

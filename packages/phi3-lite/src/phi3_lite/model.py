@@ -96,6 +96,10 @@ class TokenEmbedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Draw nothing."""
 
+    def project(self, hidden: Float[Tensor, "... d"], bias: Float[Tensor, " v"] | None) -> Float[Tensor, "... v"]:
+        """Give the logits of a tied head."""
+        return F.linear(hidden, self.weight, bias)
+
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; one matrix makes q, k and v."""
@@ -185,6 +189,11 @@ class Head(nn.Module):
         self.weight = None if cfg.is_head_tied else nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
         self.bias = nn.Parameter(torch.zeros(cfg.vocab_size)) if cfg.has_head_bias else None
 
+    def project(self, hidden: Float[Tensor, "... d"], bias: Float[Tensor, " v"] | None) -> Float[Tensor, "... v"]:
+        """Give the logits; for a head with a weight of its own."""
+        assert self.weight is not None
+        return F.linear(hidden, self.weight, bias)
+
 
 class Phi3(nn.Module):
     """The language model. Hidden states come out; the head is applied only where the caller wants it."""
@@ -214,8 +223,10 @@ class Phi3(nn.Module):
 
     @property
     def head_weight(self) -> Float[Tensor, "v d"]:
-        """The output layer's weight, the embedding's where tied."""
-        return self.model.embed_tokens.weight if self.lm_head.weight is None else self.lm_head.weight
+        """The output layer's weight, the embedding's where tied; a quantised one in floating point, made anew."""
+        weight = (self.model.embed_tokens if self.cfg.is_head_tied else self.lm_head).weight
+        assert weight is not None
+        return weight
 
     @property
     def head_bias(self) -> Float[Tensor, " v"] | None:
@@ -228,7 +239,8 @@ class Phi3(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... v"]:
         """Apply the head. For a loss over many tokens use `linear_cross_entropy` with the head's weight instead."""
-        return F.linear(hidden, self.head_weight, self.head_bias)
+        head = self.model.embed_tokens if self.cfg.is_head_tied else self.lm_head
+        return head.project(hidden, self.head_bias)
 
     def forward(
         self,
@@ -262,7 +274,7 @@ class Phi3(nn.Module):
 
     def new_cache(self, batch: int, *, block: int = 64) -> KVCache:
         """Return an empty cache for `batch` rows that fits this model's device and dtype."""
-        weight = self.model.embed_tokens.weight
+        weight = self.model.norm.weight
         return KVCache(self.cfg, batch, block=block, dtype=weight.dtype, device=weight.device)
 
     def prefill(

@@ -6,6 +6,10 @@ if TYPE_CHECKING:
     from .config import SiglipConfig as SiglipConfig
     from .config import SiglipTextConfig as SiglipTextConfig
     from .config import SiglipVisionConfig as SiglipVisionConfig
+    from .formats.huggingface import save_huggingface as save_huggingface
+    from .formats.loading import load_siglip as load_siglip
+    from .formats.loading import load_siglip_text as load_siglip_text
+    from .formats.loading import load_siglip_vision as load_siglip_vision
     from .loss import sigmoid_loss as sigmoid_loss
     from .model import Siglip as Siglip
     from .model import SiglipOutput as SiglipOutput
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from .presets import so400m_patch14_224 as so400m_patch14_224
     from .presets import so400m_patch14_384 as so400m_patch14_384
     from .text import SiglipText as SiglipText
+    from .tokenizer import SiglipTokenizer as SiglipTokenizer
     from .vision import SiglipVision as SiglipVision
     from .vision import interpolate_positions as interpolate_positions
     from .vision import normalise as normalise
@@ -37,9 +42,14 @@ _HOMES = {
     "Siglip": "model",
     "SiglipOutput": "model",
     "SiglipText": "text",
+    "SiglipTokenizer": "tokenizer",
     "SiglipVision": "vision",
     "interpolate_positions": "vision",
+    "load_siglip": "formats.loading",
+    "load_siglip_text": "formats.loading",
+    "load_siglip_vision": "formats.loading",
     "normalise": "vision",
+    "save_huggingface": "formats.huggingface",
     "sigmoid_loss": "loss",
 }
 __all__ = [
@@ -48,6 +58,7 @@ __all__ = [
     "SiglipOutput",
     "SiglipText",
     "SiglipTextConfig",
+    "SiglipTokenizer",
     "SiglipVision",
     "SiglipVisionConfig",
     "base_patch16_224",
@@ -57,7 +68,11 @@ __all__ = [
     "interpolate_positions",
     "large_patch16_256",
     "large_patch16_384",
+    "load_siglip",
+    "load_siglip_text",
+    "load_siglip_vision",
     "normalise",
+    "save_huggingface",
     "sigmoid_loss",
     "so400m_patch14_224",
     "so400m_patch14_384",

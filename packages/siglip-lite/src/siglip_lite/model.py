@@ -34,11 +34,24 @@ class Siglip(nn.Module):
 
     def __init__(self, cfg: SiglipConfig) -> None:
         super().__init__()
+        self.cfg = cfg
         self.text_model = SiglipText(cfg.text)
         self.vision_model = SiglipVision(cfg.vision)
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.logit_bias = nn.Parameter(torch.empty(1))
+        self._init_scores()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, distributed as for SigLIP's own training."""
+        self.text_model.init_weights(generator)
+        self.vision_model.init_weights(generator)
+        self._init_scores()
+
+    @torch.no_grad()
+    def _init_scores(self) -> None:
         # The paper's start (§3.2): nearly all pairs are negative, so the bias begins at their log-odds' scale.
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
-        self.logit_bias = nn.Parameter(torch.tensor([-10.0]))
+        self.logit_scale.fill_(math.log(10.0))
+        self.logit_bias.fill_(-10.0)
 
     def embed_images(
         self, pixels: Float[Tensor, "b 3 height width"], *, interpolate: bool = False

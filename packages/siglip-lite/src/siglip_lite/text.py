@@ -34,6 +34,7 @@ class SiglipText(nn.Module):
 
     def __init__(self, cfg: SiglipTextConfig) -> None:
         super().__init__()
+        self.cfg = cfg
         self.embeddings = TextEmbeddings(cfg)
         self.encoder = Encoder(cfg.num_layers, cfg.width, cfg.num_heads, cfg.mlp_width, cfg.layer_norm_eps)
         self.final_layer_norm = LayerNorm(cfg.width, eps=cfg.layer_norm_eps)

@@ -134,6 +134,7 @@ class SiglipVision(nn.Module):
 
     def __init__(self, cfg: SiglipVisionConfig) -> None:
         super().__init__()
+        self.cfg = cfg
         self.embeddings = PatchEmbeddings(cfg)
         self.encoder = Encoder(cfg.num_layers, cfg.width, cfg.num_heads, cfg.mlp_width, cfg.layer_norm_eps)
         self.post_layernorm = LayerNorm(cfg.width, eps=cfg.layer_norm_eps)

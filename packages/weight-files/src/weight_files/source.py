@@ -179,6 +179,8 @@ class TensorDict:
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str = "tensors in memory") -> None:
         self._held = dict(tensors)
+        # Once: a load asks for every tensor's.
+        self._tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         self._where = where
 
     @property
@@ -189,7 +191,7 @@ class TensorDict:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor's name, shape and dtype."""
-        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._held.items()}
+        return self._tensors
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Shaped[Tensor, "..."]:
         """Return a tensor, or its rows [start, end) along the first axis."""

@@ -8,6 +8,7 @@ pairs channel i with i + r. As written by ggml-org/llama.cpp, convert_hf_to_gguf
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -30,6 +31,9 @@ _ARCHITECTURES = ("phi3", "llama")
 _UNHANDLED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # control tokens that end an answer or a document; a file names only one of its own
 _STOPS = ("<|end|>", "<|im_end|>", "<|endoftext|>")
+_MAX_NUMBERS = 1 << 24
+"""Numbers read at once, in float32: an embedding comes part by part, or it would take more than its place in a bfloat16
+model."""
 
 
 class GGUFModel(NamedTuple):
@@ -66,7 +70,7 @@ def read_gguf(path: Path | str) -> GGUFModel:
         raise
     except ValueError as error:
         raise WeightsError(f"weights {path}: {error}") from error
-    return GGUFModel(cfg, source, _recipes(cfg, metadata.arch), tokenizer, generation, _chat_kind(metadata))
+    return GGUFModel(cfg, source, _recipes(cfg, source, metadata.arch), tokenizer, generation, _chat_kind(metadata))
 
 
 class _Metadata:
@@ -148,34 +152,44 @@ def _sliding_window(metadata: _Metadata, max_positions: int) -> int | None:
     return metadata.get("{}.attention.sliding_window", int, 0) or None
 
 
-def _recipes(cfg: Phi3Config, arch: str) -> dict[str, Recipe]:
+def _recipes(cfg: Phi3Config, source: GGUFFile, arch: str) -> dict[str, Recipe]:
+    def whole(name: str) -> list[Piece]:
+        return _in_parts(source, f"{name}.weight")
+
     recipes: dict[str, Recipe] = {
-        "model.embed_tokens.weight": [Piece("token_embd.weight")],
-        "model.norm.weight": [Piece("output_norm.weight")],
+        "model.embed_tokens.weight": whole("token_embd"),
+        "model.norm.weight": whole("output_norm"),
     }
     if not cfg.is_head_tied:
-        recipes["lm_head.weight"] = [Piece("output.weight")]
+        recipes["lm_head.weight"] = whole("output")
     for index in range(cfg.num_layers):
         ours, theirs = f"model.layers.{index}", f"blk.{index}"
         if arch == "phi3":
-            qkv = [Piece(f"{theirs}.attn_qkv.weight")]
-            gate_up = [Piece(f"{theirs}.ffn_up.weight")]
+            qkv, gate_up = whole(f"{theirs}.attn_qkv"), whole(f"{theirs}.ffn_up")
         else:
             qkv = [
                 Piece(f"{theirs}.attn_q.weight", transform=partial(_unpermuted, num_heads=cfg.num_heads)),
                 Piece(f"{theirs}.attn_k.weight", transform=partial(_unpermuted, num_heads=cfg.num_kv_heads)),
-                Piece(f"{theirs}.attn_v.weight"),
+                *whole(f"{theirs}.attn_v"),
             ]
-            gate_up = [Piece(f"{theirs}.ffn_gate.weight"), Piece(f"{theirs}.ffn_up.weight")]
+            gate_up = whole(f"{theirs}.ffn_gate") + whole(f"{theirs}.ffn_up")
         recipes |= {
             f"{ours}.self_attn.qkv_proj.weight": qkv,
-            f"{ours}.self_attn.o_proj.weight": [Piece(f"{theirs}.attn_output.weight")],
+            f"{ours}.self_attn.o_proj.weight": whole(f"{theirs}.attn_output"),
             f"{ours}.mlp.gate_up_proj.weight": gate_up,
-            f"{ours}.mlp.down_proj.weight": [Piece(f"{theirs}.ffn_down.weight")],
-            f"{ours}.input_layernorm.weight": [Piece(f"{theirs}.attn_norm.weight")],
-            f"{ours}.post_attention_layernorm.weight": [Piece(f"{theirs}.ffn_norm.weight")],
+            f"{ours}.mlp.down_proj.weight": whole(f"{theirs}.ffn_down"),
+            f"{ours}.input_layernorm.weight": whole(f"{theirs}.attn_norm"),
+            f"{ours}.post_attention_layernorm.weight": whole(f"{theirs}.ffn_norm"),
         }
     return recipes
+
+
+def _in_parts(source: GGUFFile, name: str) -> list[Piece]:
+    info = source.tensors.get(name)
+    if info is None or prod(info.shape) <= _MAX_NUMBERS:
+        return [Piece(name)]
+    num_rows = max(1, _MAX_NUMBERS // prod(info.shape[1:]))
+    return [Piece(name, rows=(start, start + num_rows)) for start in range(0, info.shape[0], num_rows)]
 
 
 def _unpermuted(rows: Tensor, num_heads: int) -> Tensor:

@@ -133,7 +133,7 @@ def save_huggingface(
     ):
         raise ValueError(
             f"save_huggingface: expected the tensors of a plain Phi-3, got others or lacks: {', '.join(strange[:8])}; "
-            "merge adapters, and save before quantising"
+            "merge adapters and save before quantising"
         )
     stops = GenerationDefaults() if generation is None else generation
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")

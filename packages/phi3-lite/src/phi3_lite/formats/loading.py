@@ -7,16 +7,17 @@ tensor: what is in memory is the model and one tensor of the source.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weight_files import Target, TensorSource, WeightsError, load_tensors, unique_tensors
+from weight_files import TensorSource, WeightsError, load_tensors
 
 from ..chat import ChatTemplate
 from ..config import GenerationDefaults
 from ..model import Phi3
+from ..quantised import Quantisation, load_targets, quantise_linears
 from ..tokenizer import Tokenizer
 from .huggingface import read_huggingface
 from .published import PublishedLM, check_ids
@@ -62,14 +63,15 @@ def load_lm(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    quantize: Literal["int8", "int4"] | None = None,
+    quantize: Quantisation | None = None,
     allow_missing: Sequence[str] = (),
     on_tensor: Callable[[str], None] | None = None,
 ) -> LoadedLM:
     """Load a GGUF file or a Hugging Face folder into `dtype` (None: the one that most of its bytes have) on `device`.
 
-    quantize: hold the layers' matrices as integers. allow_missing: shell patterns of the model's tensors that may be
-    missing; they are drawn anew and named in `left_random`. on_tensor: called with each tensor's name once it is there.
+    quantize: hold the matrices as integers, made of the rows as they are read. allow_missing: shell patterns of the
+    model's tensors that may be missing; they are drawn anew and named in `left_random`. on_tensor: called with each
+    tensor's name once it is there.
 
     Raises:
         WeightsError: the files are missing, damaged, of another architecture, or do not hold the model's tensors; the
@@ -83,8 +85,6 @@ def load_lm(
             model = Phi3(published.config)
         model.to(dtype or common_dtype(published.source))
         if quantize is not None:
-            from ..quantised import quantise_linears  # pyright: ignore[reportMissingImports]
-
             quantise_linears(model, quantize)
         model.to_empty(device=device)
         targets = load_targets(model)
@@ -122,22 +122,3 @@ def common_dtype(source: TensorSource) -> torch.dtype:
     if not num_bytes:
         raise WeightsError(f"weights {source.where}: expected floating-point tensors, got none; is it a model's state?")
     return max(num_bytes, key=lambda dtype: num_bytes[dtype])
-
-
-def load_targets(module: nn.Module) -> dict[str, Tensor | Target]:
-    """Return what a load writes into, by name: a module's tensors, but `X.weight` for a module X that has a `target`.
-
-    Such a module (a quantised matrix) takes rows of the plain weight and keeps them in its own way.
-    """
-    targets: dict[str, Tensor | Target] = dict(unique_tensors(module))
-    for name, part in module.named_modules():
-        make = getattr(part, "target", None)
-        if callable(make):
-            target = make()
-            if not isinstance(target, Target):
-                raise TypeError(f"{name}.target: expected a Target, got {type(target).__name__}")
-            for own in part.state_dict():
-                if own != "bias":
-                    del targets[f"{name}.{own}"]
-            targets[f"{name}.weight"] = target
-    return targets
