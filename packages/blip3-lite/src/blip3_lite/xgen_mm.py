@@ -28,6 +28,7 @@ from weight_files import (
     Recipe,
     SafetensorsFiles,
     SavedTensor,
+    Target,
     TensorSource,
     WeightsError,
     load_tensors,
