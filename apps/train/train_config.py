@@ -6,9 +6,12 @@ from typing import Annotated, Literal
 import msgspec
 import tyro
 
+from anyres_tiler.config import TilingConfig
 from blip3_lite.config import Blip3Config
 from dpo_lite.config import DpoConfig
 from lora_lite.config import LoraConfig
+from perceiver_resampler.config import ResamplerConfig
+from siglip_lite.config import SiglipVisionConfig
 from trainer_lite.config import TrainConfig
 
 Part = Literal["vision_encoder", "vision_tokenizer", "lang_model"]
@@ -139,7 +142,7 @@ class WarmupRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class LanguageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A published language model learns to see: vision tower and connector from nothing, then questions about pictures."""
+    """A published language model learns to see: a vision tower and connector from nothing, then questions."""
 
     language: str = SMOLLM2_FILE
     """Folder or GGUF file of the language model; `uv run tools/fetch_smollm2.py` puts SmolLM2 at the default place."""
@@ -155,8 +158,12 @@ class LanguageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Held-out questions of the embedded world a skill, asked at the end with right and with exchanged pictures."""
     feature_cache_mb: int = 1024
     """Memory for the frozen vision tower's features."""
-    model: Blip3Config
-    """Vision tower, connector and tiling; the language model's part is taken from its file."""
+    vision: SiglipVisionConfig
+    """The fresh vision tower."""
+    connector: ResamplerConfig
+    """The fresh connector; its output has the language model's width."""
+    tiling: TilingConfig
+    """How pictures are cut."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

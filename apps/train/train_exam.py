@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 from tqdm import tqdm
 
 from blip3_lite import Blip3, EncodedSample, FeatureCache, Processor, collate
 from eval_lite import EvalItem, GroupScore, Prediction, encode_prompts, macro_accuracy, predict, score_groups
+from interleave_data import ImagePart, Turn
 from phi3_lite import SamplingConfig
 from scene_world import REFUSAL
 from train_world import exam_items, score
@@ -54,7 +55,11 @@ class Exam:
     @classmethod
     def draw(cls, num_questions: int, seed: int, processor: Processor) -> "Exam":
         """`num_questions` of each skill, for a model trained with `seed`: they are drawn with the next one."""
-        items = exam_items(num_questions, seed + 1)
+        return cls.of(exam_items(num_questions, seed + 1), processor)
+
+    @classmethod
+    def of(cls, items: list[EvalItem], processor: Processor) -> "Exam":
+        """These questions."""
         return cls(items, encode_prompts(processor, items))
 
     def sit(
@@ -76,6 +81,23 @@ class Exam:
             )
         self.predictions[stage] = predictions
         return summarise(predictions)
+
+
+def with_exchanged_pictures(items: Sequence[EvalItem]) -> list[EvalItem]:
+    """The same questions, each with the pictures of the next one of its skill: only the text is left to go by."""
+    groups: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(item.group, []).append(index)
+    exchanged = list(items)
+    for members in groups.values():
+        for index, other in zip(members, [*members[1:], members[0]], strict=True):
+            pictures = items[other].prompt.images()
+            turns = tuple(
+                Turn(role=turn.role, parts=(*pictures, *(p for p in turn.parts if not isinstance(p, ImagePart))))
+                for turn in items[index].prompt.turns
+            )
+            exchanged[index] = replace(items[index], prompt=replace(items[index].prompt, turns=turns))
+    return exchanged
 
 
 def first_of_each_skill(items: Sequence[EvalItem], share: float) -> list[int]:

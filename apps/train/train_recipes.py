@@ -89,15 +89,20 @@ def safety_stage() -> StageConfig:
 
 
 def smollm2() -> LanguageRun:
-    """The demo's tower and connector in front of SmolLM2-135M, which gets adapters; a quarter of an hour on two cores."""
+    """The demo's tower and connector before SmolLM2-135M, which gets adapters; a quarter of an hour on two cores."""
     model = demo_model()
-    train = replace(
-        _train(300, 2e-3, 5e-3), optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.0), log_every=10
-    )
+    optimizer = OptimizerConfig(learning_rate=2e-3, weight_decay=0.0, learning_rate_scales={"lang_model": 0.5})
     return LanguageRun(
-        model=replace(model, connector=replace(model.connector, dim_out=SMOLLM2_WIDTH), lm=smollm2_135m()),
-        warmup=replace(warmup_stage(), train=_train(300, 4e-3, 1.5e-2)),
-        stage=StageConfig(train=train, use_lora=True, max_tokens=1024, world_samples=3000),
+        vision=model.vision,
+        connector=model.connector,
+        tiling=model.tiling,
+        warmup=replace(warmup_stage(), train=_train(400, 4e-3, 1.5e-2)),
+        stage=StageConfig(
+            train=replace(_train(240, 2e-3, 5e-3), optimizer=optimizer, log_every=10),
+            use_lora=True,
+            max_tokens=1536,
+            world_samples=3000,
+        ),
     )
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 
-from blip3_lite import Blip3, CheckpointError, FeatureCache, Processor, load_model, load_tokenizer
+from blip3_lite import Blip3, CheckpointError, FeatureCache, LoadedModel, Processor, load_tokenizer
+from blip3_lite.assembly import join_parts, load_tower
 from blip3_lite.checkpoint import read_config
+from blip3_lite.opening import open_model
 from eval_lite import write_predictions
 from interleave_data import Sample, SkipSample, TextPart, TooManySkips, load_data_file, open_sources
-from phi3_lite import train_tokenizer
-from train_config import Command, DemoRun, StageRun, WarmupRun, run_path
+from phi3_lite import load_lm, train_tokenizer
+from train_config import Command, DemoRun, LanguageRun, StageRun, WarmupRun, run_path
 from train_demo import run_demo
 from train_errors import (
     BAD_INPUT,
@@ -23,6 +25,7 @@ from train_errors import (
     checking_input,
 )
 from train_exam import Exam
+from train_language import run_language
 from train_stages import (
     IMAGE_CACHE_BYTES,
     CheckpointFiles,
@@ -69,6 +72,8 @@ def _fail(status: int, error: Exception | str) -> int:
 def _dispatch(command: Command, stop: StopFlag) -> bool:
     if isinstance(command.config, DemoRun):
         return run_demo(command.config, stop)
+    if isinstance(command.config, LanguageRun):
+        return run_language(command.recipe, command.config, stop)
     if isinstance(command.config, WarmupRun):
         return _run_warmup_alone(command.recipe, command.config, stop)
     return _run_stage_alone(command.recipe, command.config, stop)
@@ -141,11 +146,9 @@ def _stage_data(recipe: str, config: StageRun) -> StageData:
 
 
 def _new_model(config: StageRun, data: StageData) -> tuple[Blip3, Processor]:
-    """Load the checkpoint under `init`, its adapters merged, or make a fresh model with a tokenizer."""
-    if config.init is not None:
-        loaded = load_model(Path(config.init))
-        if loaded.config.lora is not None:
-            merge_adapters(loaded.model)
+    """Load or join the model to start from, or make a fresh one with a tokenizer."""
+    if config.init is not None or (config.vision is not None and config.language is not None):
+        loaded = _load_start(config)
         tokenizer = loaded.processor.tokenizer
         return loaded.model, Processor(loaded.config.model, tokenizer, data.image_limits, IMAGE_CACHE_BYTES)
     if config.tokenizer is not None:
@@ -156,6 +159,20 @@ def _new_model(config: StageRun, data: StageData) -> tuple[Blip3, Processor]:
         tokenizer = train_tokenizer(_texts(data), config.model.lm.vocab_size)
     processor = Processor(config.model, tokenizer, data.image_limits, IMAGE_CACHE_BYTES)
     return Blip3(config.model), processor
+
+
+def _load_start(config: StageRun) -> LoadedModel:
+    """The model under `init`, its adapters merged, or one joined from `vision` and `language`; in fp32."""
+    if config.vision is not None and config.language is not None:
+        tower, lm = load_tower(Path(config.vision)), load_lm(Path(config.language), dtype=torch.float32)
+        return join_parts(tower, lm, config.model.connector, config.model.tiling)
+    path = Path(str(config.init))
+    loaded = open_model(path, dtype=torch.float32)
+    if not isinstance(loaded, LoadedModel):
+        raise BadInputError(f"init: expected a whole model, got a language model alone at {path}; use --language")
+    if loaded.config.lora is not None:
+        merge_adapters(loaded.model)
+    return loaded
 
 
 def _model_shell(checkpoint: Path, data: StageData) -> tuple[Blip3, Processor]:
