@@ -144,7 +144,7 @@ def test_an_imported_llama_is_exported_as_a_phi3(tmp_path: Path) -> None:
     _assert_same_logits(load_lm(tmp_path / "phi3").model, again)
 
 
-@pytest.mark.parametrize("length", [BORDER - 3, BORDER, BORDER + 2])
+@pytest.mark.parametrize("length", [BORDER - 3, BORDER])
 @pytest.mark.parametrize("variant", ["mini-128k", "phi4-mini"])
 def test_greedy_tokens_across_the_original_window_equal_transformers(variant: str, length: int, tmp_path: Path) -> None:
     model = _model(VARIANTS[variant])
@@ -152,10 +152,10 @@ def test_greedy_tokens_across_the_original_window_equal_transformers(variant: st
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     ids = torch.randint(3, 61, (length,))
     bounds = torch.tensor([0, length], dtype=torch.int32)
-    (tokens,) = collect(generate(model, model.embed(ids), bounds, SamplingConfig(max_new_tokens=24)))
+    (tokens,) = collect(generate(model, model.embed(ids), bounds, SamplingConfig(max_new_tokens=16)))
     expected = theirs.generate(
-        input_ids=ids[None], attention_mask=torch.ones(1, length, dtype=torch.long), max_new_tokens=24,
-        min_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0,
+        input_ids=ids[None], attention_mask=torch.ones(1, length, dtype=torch.long), max_new_tokens=16,
+        min_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     assert tokens == expected[0, length:].tolist()
 

@@ -24,6 +24,7 @@ from phi3_lite import (
     SamplingConfig,
     SentencePieceTokenizer,
     load_lm,
+    mini_4k,
     mini_128k,
     phi4_mini,
     quantise_linears,
@@ -41,16 +42,23 @@ def _model(**changes: Any) -> Phi3:
     return Phi3(msgspec.structs.replace(TINY, **changes), generator=torch.Generator().manual_seed(1)).eval()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A whole folder: three shards or so, tokenizer, generation config."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole folder: several shards, tokenizer, generation config."""
+    path = tmp_path_factory.mktemp("saved")
     tokenizer = train_tokenizer(["what is left?", "a blue circle"] * 9, vocab_size=300)
     chat = ChatTemplate(tokenizer)
     generation = GenerationDefaults(
         stop_ids=(chat.end_of_text_id,), sampling=SamplingConfig(temperature=0.5, repetition_penalty=1.2)
     )
-    save_huggingface(tmp_path / "lm", _model(), tokenizer, generation=generation, chat=chat, max_shard_bytes=20_000)
-    return tmp_path / "lm"
+    save_huggingface(path, _model(), tokenizer, generation=generation, chat=chat, max_shard_bytes=20_000)
+    return path
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy to be changed."""
+    return Path(shutil.copytree(saved, tmp_path / "lm"))
 
 
 def _change_json(path: Path, **changes: object) -> None:
@@ -322,17 +330,10 @@ def test_a_config_comes_back_as_it_was(cfg: Phi3Config) -> None:
 
 
 def test_values_that_a_config_leaves_out_are_those_of_transformers() -> None:
-    assert read_config({"model_type": "phi3", "sliding_window": 2047})[0] == phi3_mini()
+    assert read_config({"model_type": "phi3", "sliding_window": 2047})[0] == mini_4k()
     llama, arch = read_config({"model_type": "llama"})
     assert arch == "llama"
     assert (llama.vocab_size, llama.width, llama.mlp_width, llama.norm_eps) == (32_000, 4096, 11_008, 1e-6)
-
-
-def phi3_mini() -> Phi3Config:
-    """Phi-3-mini-4k."""
-    from phi3_lite import mini_4k
-
-    return mini_4k()
 
 
 @pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
