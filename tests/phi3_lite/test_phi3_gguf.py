@@ -19,6 +19,7 @@ from phi3_lite import (
     Phi3,
     SamplingConfig,
     SentencePieceTokenizer,
+    load_lm,
 )
 from phi3_lite.formats.gguf import is_gguf, read_gguf
 from phi3_lite.formats.gguf_file import GGUFFile
@@ -67,6 +68,27 @@ def _load(path: Path) -> Phi3:
     model = Phi3(cfg)
     assert load_tensors(source, unique_tensors(model), recipes) == []
     return model
+
+
+def test_load_lm_takes_a_file_with_its_tokenizer_chat_format_and_stop_ids(tiny) -> None:
+    path = tiny("llama", {"tokenizer.chat_template": SMOLLM2_TEMPLATE})
+    held, loaded = read_gguf(path), load_lm(path)
+    assert loaded.model.cfg == held.config
+    expected = _load(path).state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.encode("a blue") == held.tokenizer.encode("a blue")
+    assert loaded.chat is not None
+    assert loaded.chat.kind == held.chat == "chatml"
+    assert set(loaded.generation.stop_ids) == {*held.generation.stop_ids, *loaded.chat.stop_ids}
+    rounded = load_lm(path, dtype=torch.bfloat16).model
+    assert all(torch.equal(weight, expected[name].bfloat16()) for name, weight in rounded.state_dict().items())
+
+
+def test_load_lm_refuses_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"not one of them, whatever its name says")
+    with pytest.raises(WeightsError, match="weights"):
+        load_lm(tmp_path / "weights")
 
 
 def test_header_equals_what_the_gguf_package_reads(tiny) -> None:

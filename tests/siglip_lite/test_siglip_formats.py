@@ -152,7 +152,7 @@ def test_all_faults_of_the_tensors_are_listed(saved: Path):
     message = str(caught.value)
     assert "missing (2): text_model.head.bias; vision_model.head.probe" in message
     assert "unexpected (1): vision_model.surplus" in message
-    assert "misshaped (1): logit_scale: expected [1] in all, got [2]" in message
+    assert "misshaped (1): logit_scale: expected [1], got [2]" in message
 
 
 def test_allowed_missing_is_drawn_anew_and_logged(saved: Path, caplog: pytest.LogCaptureFixture):

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
     from .chat import EncodedChat as EncodedChat
     from .chat import ImageSlot as ImageSlot
     from .config import GenerationDefaults as GenerationDefaults
+    from .config import LongRope as LongRope
     from .config import Phi3Config as Phi3Config
     from .config import SamplingConfig as SamplingConfig
     from .config import mini_4k as mini_4k
+    from .config import mini_128k as mini_128k
+    from .config import phi4_mini as phi4_mini
+    from .config import phi35_mini as phi35_mini
+    from .formats.huggingface import save_huggingface as save_huggingface
+    from .formats.loading import LoadedLM as LoadedLM
+    from .formats.loading import load_lm as load_lm
     from .model import Phi3 as Phi3
     from .quantised import QuantisedLinear as QuantisedLinear
     from .quantised import load_targets as load_targets
@@ -51,6 +58,8 @@ __all__ = [
     "HFTokenizer",
     "ImageSlot",
     "KVCache",
+    "LoadedLM",
+    "LongRope",
     "Phi3",
     "Phi3Config",
     "QuantisedLinear",
@@ -64,10 +73,15 @@ __all__ = [
     "collect",
     "cut_at_stop",
     "generate",
+    "load_lm",
     "load_targets",
     "mini_4k",
+    "mini_128k",
     "penalise_repeats",
+    "phi4_mini",
+    "phi35_mini",
     "quantise_linears",
+    "save_huggingface",
     "train_tokenizer",
 ]
 _HOMES = {
@@ -77,11 +91,18 @@ _HOMES = {
     "ChatTurn": "chat",
     "EncodedChat": "chat",
     "IMAGE": "chat",
-    "SMOLLM2_SYSTEM": "chat",
     "GenerationDefaults": "config",
+    "LongRope": "config",
+    "SMOLLM2_SYSTEM": "chat",
     "Phi3Config": "config",
     "SamplingConfig": "config",
+    "mini_128k": "config",
     "mini_4k": "config",
+    "phi35_mini": "config",
+    "phi4_mini": "config",
+    "save_huggingface": "formats.huggingface",
+    "LoadedLM": "formats.loading",
+    "load_lm": "formats.loading",
     "Phi3": "model",
     "QuantisedLinear": "quantised",
     "load_targets": "quantised",

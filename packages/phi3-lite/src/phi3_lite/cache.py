@@ -6,6 +6,10 @@ never attended to.
     row 0  k k k k k . . .     lengths = [5, 2, 3], longest = 5, capacity = 8 (a whole number of blocks)
     row 1  k k . . . . . .
     row 2  k k k . . . . .
+
+With long-context scaling (`Phi3Config.long_rope`) the keys of a row that outgrows the original window are not those of
+the longer sequence: the other factors change every key, and with them every layer's input. Such a row is filled again,
+once; for that the cache keeps what rows were fed until all are past the window.
 """
 
 import torch
@@ -18,8 +22,9 @@ from .config import Phi3Config
 class KVCache:
     """Keys and values of every layer for `batch` rows, grown by whole blocks of positions.
 
-    Memory: 2 · num_layers · batch · capacity · num_kv_heads · head_dim numbers of `dtype`. A step that grows copies
-    one layer at a time, so the peak is one layer above that.
+    Memory: 2 · num_layers · batch · capacity · num_kv_heads · head_dim numbers of `dtype`, and batch · capacity · width
+    for as long as a row may have to be filled again. A step that grows copies one layer at a time, so the peak is one
+    layer above that.
     """
 
     def __init__(
@@ -41,6 +46,10 @@ class KVCache:
         shape = (batch, cfg.num_kv_heads, 0, cfg.head_dim)
         self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(cfg.num_layers)]
         self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(cfg.num_layers)]
+        self._short = None if cfg.long_rope is None else cfg.long_rope.original_max_positions
+        self._inputs: Tensor | None = None
+        if self._short is not None:
+            self._inputs = torch.empty((batch, 0, cfg.width), dtype=dtype, device=device)
 
     @property
     def batch(self) -> int:
@@ -63,6 +72,40 @@ class KVCache:
                 new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
                 new[:, :, : self.longest] = old[:, :, : self.longest]
                 tensors[layer] = new
+        if self._inputs is not None:
+            old = self._inputs
+            self._inputs = old.new_zeros((old.shape[0], capacity, old.shape[2]))
+            self._inputs[:, : self.longest] = old[:, : self.longest]
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether what rows were fed is held, for some may have to be filled again."""
+        return self._inputs is not None
+
+    def keep_inputs(self, rows: Int[Tensor, " t"], positions: Int[Tensor, " t"], inputs: Float[Tensor, "t d"]) -> None:
+        """Keep what is about to be written, where a row may have to be filled again; call before `advance`."""
+        if self._short is not None and self.shortest > self._short:
+            self._inputs = None
+        if self._inputs is not None:
+            self._inputs[rows, positions] = inputs.detach().to(self._inputs.dtype)
+
+    def kept_inputs(self, row: int, length: int) -> Float[Tensor, "t d"]:
+        """Return the first `length` inputs of a row that was no longer than the original window."""
+        assert self._inputs is not None
+        return self._inputs[row, :length]
+
+    def outgrowing(self, counts: Int[Tensor, " b"] | int) -> list[int]:
+        """Return the rows that these counts take from within the original window to beyond it."""
+        most = counts if isinstance(counts, int) else int(counts.max())
+        if (
+            self._short is None
+            or self.longest == 0
+            or self.shortest > self._short
+            or self.longest + most <= self._short
+        ):
+            return []
+        is_outgrowing = (self.lengths <= self._short) & (self.lengths + counts > self._short)
+        return is_outgrowing.nonzero()[:, 0].tolist()
 
     def write(
         self,
@@ -98,6 +141,8 @@ class KVCache:
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = old[:, :, :capacity][rows]
+        if self._inputs is not None:
+            self._inputs = self._inputs[:, :capacity][rows]
 
     def _measure(self) -> None:
         self.shortest, self.longest = (int(x) for x in torch.stack(self.lengths.aminmax()).tolist())

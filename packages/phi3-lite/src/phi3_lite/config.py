@@ -1,5 +1,6 @@
 """Sizes of a Phi-3 decoder and of a sampling run. Imports without torch."""
 
+import math
 from collections.abc import Iterable
 
 import msgspec
@@ -14,6 +15,39 @@ def _require_positive(cfg: msgspec.Struct, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(cfg, name)
         _require(value > 0, f"{type(cfg).__name__}.{name}", "a value above 0", value, "give a positive one")
+
+
+class LongRope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Long-context scaling of the rotary frequencies: LongRoPE, arXiv:2402.13753 §3.3.
+
+    Two sets of divisors, one number a frequency. A sequence of up to `original_max_positions` tokens uses the short
+    ones at all its positions, a longer one the long ones at all its positions.
+    """
+
+    short_factors: tuple[float, ...]
+    """Divisors for short sequences [rope_scaling.short_factor]."""
+    long_factors: tuple[float, ...]
+    """Divisors for long sequences [rope_scaling.long_factor]."""
+    original_max_positions: int = 4096
+    """The longest sequence that counts as short [original_max_position_embeddings]."""
+    attention_factor: float | None = None
+    """Scale of cosines and sines, short or long; None: sqrt(1 + ln s / ln original), s = max / original positions."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        factors = (*self.short_factors, *self.long_factors)
+        _require(
+            all(factor > 0 and math.isfinite(factor) for factor in factors),
+            "LongRope factors", "numbers above 0", factors, "take them from the checkpoint's config.json",
+        )  # fmt: skip
+        _require(
+            self.original_max_positions > 1,
+            "LongRope.original_max_positions", "at least 2", self.original_max_positions, "Phi-3's is 4096",
+        )  # fmt: skip
+        _require(
+            self.attention_factor is None or self.attention_factor > 0,
+            "LongRope.attention_factor", "a value above 0, or None", self.attention_factor, "None derives it",
+        )  # fmt: skip
 
 
 class Phi3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +73,8 @@ class Phi3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Base of the rotary frequencies [rope_theta]."""
     rotary_fraction: float = 1.0
     """Share of each head's channels that is rotated, from the first on [partial_rotary_factor]."""
+    long_rope: LongRope | None = None
+    """Long-context scaling of the frequencies; None for plain rotary positions [rope_scaling]."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm [rms_norm_eps]."""
     is_head_tied: bool = False
@@ -59,6 +95,17 @@ class Phi3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def rotary_dim(self) -> int:
         """Rotated channels of one head."""
         return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def rotary_scale(self) -> float:
+        """What cosines and sines are multiplied by: 1 without long-context scaling."""
+        if self.long_rope is None:
+            return 1.0
+        if self.long_rope.attention_factor is not None:
+            return self.long_rope.attention_factor
+        original = self.long_rope.original_max_positions
+        stretch = max(1.0, self.max_positions / original)
+        return math.sqrt(1 + math.log(stretch) / math.log(original))
 
     def __post_init__(self) -> None:
         """Check ranges and divisibility."""
@@ -92,6 +139,13 @@ class Phi3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             f"{name}.rotary_fraction", f"an even number of rotated channels of {self.head_dim}", self.rotary_dim,
             "change rotary_fraction, width or num_heads",
         )  # fmt: skip
+        for which in ("short_factors", "long_factors"):
+            count = self.rotary_dim // 2 if self.long_rope is None else len(getattr(self.long_rope, which))
+            _require(
+                count == self.rotary_dim // 2,
+                f"{name}.long_rope.{which}", f"{self.rotary_dim // 2} numbers, half the rotated channels", count,
+                "take them from the same checkpoint as the sizes",
+            )  # fmt: skip
         _require(
             self.init_std >= 0 and (self.residual_init_std is None or self.residual_init_std >= 0),
             f"{name}.init_std", "standard deviations of at least 0", (self.init_std, self.residual_init_std),
@@ -110,6 +164,37 @@ def mini_4k() -> Phi3Config:
         mlp_width=8192,
         max_positions=4096,
         sliding_window=2047,
+    )
+
+
+def mini_128k(long_rope: LongRope) -> Phi3Config:
+    """Return Phi-3-mini-128k (3.8 B parameters), with the factors of the checkpoint's config.json.
+
+    As published, its window is longer than its longest sequence, hence never felt. This preset and the next two have
+    the values of copies of config.json in public repositories; the originals could not be looked at.
+    """
+    return msgspec.structs.replace(mini_4k(), max_positions=131_072, sliding_window=262_144, long_rope=long_rope)
+
+
+def phi35_mini(long_rope: LongRope) -> Phi3Config:
+    """Return Phi-3.5-mini: the sizes of Phi-3-mini-128k, with factors of its own."""
+    return mini_128k(long_rope)
+
+
+def phi4_mini(long_rope: LongRope) -> Phi3Config:
+    """Return Phi-4-mini (3,836,021,760 parameters), with the factors of the checkpoint's config.json."""
+    return Phi3Config(
+        vocab_size=200_064,
+        width=3072,
+        num_layers=32,
+        num_heads=24,
+        num_kv_heads=8,
+        mlp_width=8192,
+        max_positions=131_072,
+        sliding_window=262_144,
+        rotary_fraction=0.75,
+        long_rope=long_rope,
+        is_head_tied=True,
     )
 
 

@@ -8,9 +8,13 @@ document bounds in `cu_seqlens` (0, end of the first, …, t): no batch axis, no
 A decoding step takes `[b, d]`, one new token for each row of a `KVCache`.
 
 With a sliding window w, the query at position i sees the keys j with i − w < j ≤ i (transformers' convention).
+
+With long-context scaling each document, and each row of a cache, chooses its factors by its own length, so that it
+computes the same whatever stands beside it (transformers goes by the longest of a batch; one by one the two agree). A
+row that outgrows the original window is filled again by the very `step` or `prefill` that takes it there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from itertools import pairwise
 
@@ -51,6 +55,16 @@ def document_positions(cu_seqlens: Int32[Tensor, " bounds"], num_tokens: int) ->
     """Return every token's position in its own document: counting restarts at each bound."""
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=num_tokens)
     return torch.arange(num_tokens, device=cu_seqlens.device) - starts
+
+
+def document_extents(positions: Int[Tensor, " t"], cu_seqlens: Int32[Tensor, " bounds"]) -> Int[Tensor, " t"]:
+    """Return for every token the length of its document: one more than the largest position in it."""
+    counts = cu_seqlens.diff().long()
+    documents = torch.repeat_interleave(
+        torch.arange(len(counts), device=positions.device), counts, output_size=len(positions)
+    )
+    largest = positions.new_zeros(len(counts)).scatter_reduce(0, documents, positions, "amax")
+    return largest[documents] + 1
 
 
 class RMSNorm(nn.Module):
@@ -157,9 +171,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
 
-    def forward(self, x: Float[Tensor, "t d"], positions: Int[Tensor, " t"], attend: Attend) -> Float[Tensor, "t d"]:
-        """Return the residual after the last layer, before the final norm."""
-        cos, sin = rotary_tables(self.cfg, positions)
+    def forward(
+        self, x: Float[Tensor, "t d"], positions: Int[Tensor, " t"], extents: Int[Tensor, " t"] | None, attend: Attend
+    ) -> Float[Tensor, "t d"]:
+        """Return the residual after the last layer, before the final norm; `extents` as in `rotary_tables`."""
+        cos, sin = rotary_tables(self.cfg, positions, extents)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, partial(attend, index))
         return x
@@ -191,11 +207,13 @@ class Phi3(nn.Module):
         self.reset_parameters(generator)
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew: normal matrices, norms at 1, bias at 0. Meta tensors stay."""
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, *, names: Collection[str] | None = None
+    ) -> None:
+        """Draw all weights anew, or those of these names: normal matrices, norms at 1, bias at 0. Meta tensors stay."""
         residual_std = self.cfg.init_std if self.cfg.residual_init_std is None else self.cfg.residual_init_std
         for name, weight in self.named_parameters():
-            if weight.is_meta:
+            if weight.is_meta or (names is not None and name not in names):
                 continue
             if weight.ndim == 1:
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -251,7 +269,8 @@ class Phi3(nn.Module):
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return packed_attention(q, k, v, cu_seqlens, window=self.cfg.sliding_window, plan=plan)
 
-        return self.model.norm(self.model(inputs, positions, attend))
+        extents = None if self.cfg.long_rope is None else document_extents(positions, cu_seqlens)
+        return self.model.norm(self.model(inputs, positions, extents, attend))
 
     def new_cache(self, batch: int, *, block: int = 64) -> KVCache:
         """Return an empty cache for `batch` rows that fits this model's device and dtype."""
@@ -263,7 +282,8 @@ class Phi3(nn.Module):
     ) -> Float[Tensor, "b d"]:
         """Append one packed document to each row of the cache; return each row's last hidden state.
 
-        Rows that hold something already are continued: their new tokens see the old ones and count on from them.
+        Rows that hold something already are continued: their new tokens see the old ones and count on from them. Those
+        that thereby outgrow the original window of long-context scaling are filled again.
 
         Raises:
             ValueError: the bounds do not fit the tokens, the number of documents is not that of the rows, or a
@@ -284,20 +304,28 @@ class Phi3(nn.Module):
         rows = torch.repeat_interleave(torch.arange(cache.batch, device=inputs.device), counts)
         offsets = document_positions(cu_seqlens, inputs.shape[0])
         positions = cache.lengths[rows] + offsets
-        longest = int((cache.lengths + counts).max()) if cache.longest else max(lengths)
+        totals = cache.lengths + counts
+        outgrowing = cache.outgrowing(counts)
+        longest = int(totals.max()) if cache.longest else max(lengths)
         cache.reserve(longest)
+        cache.keep_inputs(rows, positions, inputs)
         if cache.longest == 0:
             attend = self._attend_fresh(rows, positions, cu_seqlens, cache)
         else:
             attend = self._attend_continued(rows, offsets, positions, max(lengths), longest, cache)
-        x = self.model(inputs, positions, attend)
+        x = self.model(inputs, positions, totals[rows], attend)
         cache.advance(counts)
-        return self.model.norm(x[cu_seqlens[1:].long() - 1])
+        return self._refill(outgrowing, cache, self.model.norm(x[cu_seqlens[1:].long() - 1]))
 
     def step(self, inputs: Float[Tensor, "b d"], cache: KVCache) -> Float[Tensor, "b d"]:
-        """Append one token to each row of the cache; return the hidden states, after the final norm."""
+        """Append one token to each row of the cache; return the hidden states, after the final norm.
+
+        Rows that thereby outgrow the original window of long-context scaling are filled again: for them this one step
+        costs a prefill.
+        """
         positions = cache.lengths
         end = cache.longest + 1
+        outgrowing = cache.outgrowing(1)
         cache.reserve(end)
         window = self.cfg.sliding_window
         first = 0 if window is None else max(0, cache.shortest + 1 - window)
@@ -309,18 +337,33 @@ class Phi3(nn.Module):
             if window is not None:
                 mask &= seen > positions[:, None] - window
         rows = torch.arange(cache.batch, device=inputs.device)
+        cache.keep_inputs(rows, positions, inputs)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.write(layer, rows, positions, k, v)
             keys, values = cache.read(layer, first, end)
             return attention(q[:, None], keys, values, mask=mask)[:, 0]
 
-        x = self.model(inputs, positions, attend)
+        x = self.model(inputs, positions, positions + 1, attend)
         cache.advance(1)
-        return self.model.norm(x)
+        return self._refill(outgrowing, cache, self.model.norm(x))
+
+    def _refill(self, outgrown: list[int], cache: KVCache, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        """Fill rows that have outgrown the original window again, all of their tokens; replace their hidden states."""
+        if not outgrown:
+            return hidden
+        chosen = torch.tensor(outgrown, device=hidden.device)
+        lengths: list[int] = cache.lengths[chosen].tolist()
+        inputs = torch.cat([cache.kept_inputs(row, length) for row, length in zip(outgrown, lengths, strict=True)])
+        cu_seqlens = torch.tensor([0, *lengths], device=hidden.device).cumsum(0).int()
+        rows = torch.repeat_interleave(chosen, cache.lengths[chosen])
+        positions = document_positions(cu_seqlens, len(inputs))
+        attend = self._attend_fresh(rows, positions, cu_seqlens, cache)
+        x = self.model(inputs, positions, cache.lengths[rows], attend)
+        return hidden.index_copy(0, chosen, self.model.norm(x[cu_seqlens[1:].long() - 1]).to(hidden.dtype))
 
     def _attend_fresh(self, rows: Tensor, positions: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Attend:
-        """Write into an empty cache; the new tokens see only each other."""
+        """Write from position 0 on, over whatever is there; the new tokens see only each other."""
         plan = plan_packing(cu_seqlens)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

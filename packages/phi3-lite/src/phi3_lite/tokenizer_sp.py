@@ -78,6 +78,10 @@ class SentencePieceTokenizer(PieceTokenizer):
         """Read a `.model` file."""
         return cls(Path(path).read_bytes(), control_ids, strips_right)
 
+    def save(self, path: str | Path) -> None:
+        """Write the `.model` file; the control tokens beside it have no place in there."""
+        Path(path).write_bytes(self._processor.serialized_model_proto())
+
     def _encode_plain(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
 

@@ -169,6 +169,8 @@ def load_tensors(
             rows = rows if piece.transform is None else piece.transform(rows)
             sink.write(start, rows)
             start += len(rows) if rows.ndim else 1
+            # else it would stay alive while the next one is read
+            del rows
         if on_tensor is not None:
             on_tensor(name)
     return list(differences.left)
