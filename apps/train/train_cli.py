@@ -17,7 +17,7 @@ import msgspec
 import tyro
 
 from interleave_data.config import load_data_file
-from train_config import Command, DemoRun, RunConfig, StageRun, WarmupRun, run_path
+from train_config import Command, DemoRun, LanguageRun, RunConfig, StageRun, WarmupRun, run_path
 from train_recipes import RECIPES
 
 _Config = TypeVar("_Config", bound=msgspec.Struct)
@@ -61,7 +61,7 @@ def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _config_type(recipe: str) -> type[RunConfig]:
-    return {"demo": DemoRun, "warmup": WarmupRun}.get(recipe, StageRun)
+    return {"demo": DemoRun, "warmup": WarmupRun, "smollm2": LanguageRun}.get(recipe, StageRun)
 
 
 def _decode(content: bytes | msgspec.Raw, config_type: type[_Config]) -> _Config:

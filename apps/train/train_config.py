@@ -12,6 +12,7 @@ from lora_lite.config import LoraConfig
 from trainer_lite.config import TrainConfig
 
 Part = Literal["vision_encoder", "vision_tokenizer", "lang_model"]
+SMOLLM2_FILE = "runs/downloads/SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_SAMPLES_IN_A_PACK = 128
 """The widest window that samples are packed from (`interleave_data.Packer`)."""
 
@@ -28,7 +29,7 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """Length, optimiser, schedule, guards."""
     trains: tuple[Part, ...] = ("vision_tokenizer", "lang_model")
-    """Parts whose weights move; without meaning with adapters, which then move alone."""
+    """Parts whose weights move; with adapters, those move in the place of the language model's own weights."""
     objective: Literal["next_token", "preference"] = "next_token"
     """Next-token prediction on the target positions, or DPO on pairs."""
     use_lora: bool = False
@@ -65,7 +66,7 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def trains_tower(self) -> bool:
         """Whether the vision tower moves, so that features kept of it would be stale."""
-        return not self.use_lora and "vision_encoder" in self.trains
+        return "vision_encoder" in self.trains
 
 
 class WarmupConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,7 +92,11 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     data: str | None = None
     """TOML file that lists the sources; without it the embedded world is drawn."""
     init: str | None = None
-    """Checkpoint folder to start from; without it a fresh model of the size under --model."""
+    """Checkpoint to start from, ours or a release of xGen-MM; without it a fresh model of the size under --model."""
+    vision: str | None = None
+    """Vision tower of a new model: a SigLIP folder or a checkpoint of ours; goes with --language."""
+    language: str | None = None
+    """Language model of a new model: a folder or GGUF file of Phi-3 or Llama; goes with --vision."""
     out: str | None = None
     """Run folder; by default runs/RECIPE."""
     resume: bool = False
@@ -105,11 +110,16 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     feature_cache_mb: int = 1024
     """Memory for the frozen vision tower's features, computed once per picture; 0 computes them each time."""
     model: Blip3Config
-    """The fresh model; without meaning where --init names one."""
+    """The fresh model; of no meaning with --init. With --vision and --language its connector and tiling count."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _require_at_least(0, self, "eval_questions", "feature_cache_mb")
+        if (self.vision is None) != (self.language is None):
+            given, other = ("vision", "language") if self.language is None else ("language", "vision")
+            raise ValueError(f"{given}: expected together with --{other}, got it alone; name both, or neither")
+        if self.init is not None and self.vision is not None:
+            raise ValueError(f"init: expected none with --vision and --language, got {self.init}; choose one start")
         if self.data is not None and self.eval_questions > 0:
             raise ValueError(
                 f"eval_questions: expected 0 with a data file, got {self.eval_questions}; the questions are the "
@@ -126,6 +136,31 @@ class WarmupRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The warm-up."""
     model: Blip3Config
     """The model whose vision tower is trained; the rest of it stays random."""
+
+
+class LanguageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A published language model learns to see: vision tower and connector from nothing, then questions about pictures."""
+
+    language: str = SMOLLM2_FILE
+    """Folder or GGUF file of the language model; `uv run tools/fetch_smollm2.py` puts SmolLM2 at the default place."""
+    data: str | None = None
+    """TOML file that lists the sources of the second part; without it the embedded world is drawn."""
+    out: str | None = None
+    """Run folder; by default runs/RECIPE."""
+    warmup: WarmupConfig
+    """First part: vision tower and connector."""
+    stage: StageConfig
+    """Second part: connector and language model, the latter frozen or with adapters."""
+    eval_questions: int = 40
+    """Held-out questions of the embedded world a skill, asked at the end with right and with exchanged pictures."""
+    feature_cache_mb: int = 1024
+    """Memory for the frozen vision tower's features."""
+    model: Blip3Config
+    """Vision tower, connector and tiling; the language model's part is taken from its file."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require_at_least(0, self, "eval_questions", "feature_cache_mb")
 
 
 class DemoRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -165,7 +200,7 @@ def run_path(recipe: str, out: str | None) -> Path:
     return Path(out or f"runs/{recipe}")
 
 
-RunConfig = DemoRun | StageRun | WarmupRun
+RunConfig = DemoRun | LanguageRun | StageRun | WarmupRun
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):

@@ -102,15 +102,15 @@ class CheckpointFiles:
 
 
 def freeze(model: Blip3, stage: StageConfig) -> None:
-    """Make exactly the stage's parts trainable; with adapters, attach them and train nothing else."""
+    """Make exactly the stage's parts trainable; attached adapters take the place of the language model's weights."""
     model.requires_grad_(False)
+    for part in stage.trains:
+        if part != "lang_model" or not stage.use_lora:
+            getattr(model, part).requires_grad_(True)
     if stage.use_lora:
         lora_lite.attach(model.lang_model, stage.lora)
         for parameter in lora_lite.lora_parameters(model.lang_model):
             parameter.requires_grad_(True)
-    else:
-        for part in stage.trains:
-            getattr(model, part).requires_grad_(True)
 
 
 def _check_kind(sample: Sample | PreferenceSample, stage: StageConfig) -> None:

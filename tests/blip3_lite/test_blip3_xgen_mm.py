@@ -288,3 +288,22 @@ def test_a_checkpoint_of_ours_keeps_the_released_choices(loaded, tmp_path, pictu
     assert logits(again.model, again.processor, image).equal(logits(loaded.model, loaded.processor, image))
     with pytest.raises(CheckpointError):
         load_model(tmp_path)
+
+
+def test_a_quantised_import_equals_quantising_the_loaded_model(loaded, tokenizer, picture, tmp_path):
+    from phi3_lite import quantise_linears
+
+    cfg = msgspec.structs.replace(
+        tiny(),
+        connector=msgspec.structs.replace(tiny().connector, dim_out=64),
+        lm=msgspec.structs.replace(tiny().lm, width=64, mlp_width=64),
+    )
+    torch.manual_seed(0)
+    model = Blip3(cfg).eval()
+    processor = Processor(cfg, tokenizer)
+    export_xgen_mm(tmp_path / "x", LoadedModel(model, processor, CheckpointConfig(model=cfg)), "base")
+    again = load_xgen_mm(tmp_path / "x", "base", cfg=cfg, tokenizer=tokenizer, quantize="int4")
+    quantise_linears(model.lang_model, "int4")
+    image = picture(1, (20, 9))
+    with torch.no_grad():
+        assert logits(again.model, again.processor, image).equal(logits(model, processor, image))

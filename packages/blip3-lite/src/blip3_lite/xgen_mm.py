@@ -22,12 +22,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from phi3_lite import HFTokenizer
+from phi3_lite import HFTokenizer, Quantisation, load_targets, quantise_linears
 from weight_files import (
     Piece,
     Recipe,
     SafetensorsFiles,
     SavedTensor,
+    Target,
     TensorSource,
     WeightsError,
     load_tensors,
@@ -117,6 +118,7 @@ def load_xgen_mm(
     *,
     cfg: Blip3Config | None = None,
     tokenizer: HFTokenizer | None = None,
+    quantize: Quantisation | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     allow_missing: Sequence[str] = (),
@@ -127,9 +129,10 @@ def load_xgen_mm(
     """Load a release's folder, or a `.pt` of the original trainer, tensor by tensor into its final dtype and device.
 
     kind: which release; by default told from the folder. cfg: another size than the published. tokenizer: instead of
-    the folder's tokenizer.json. dtype: by default the file's. allow_missing: shell patterns of our tensor names that
-    may keep whatever is in memory where the file lacks them. A `.pt` (`allow_pickle`) is read with `weights_only=True`;
-    it holds no vision tower, which `vision` gives: a Hugging Face folder of SigLIP.
+    the folder's tokenizer.json. quantize: hold the language model's matrices as integers, made while they are read.
+    dtype: by default the file's. allow_missing: shell patterns of our tensor names that may keep whatever is in memory
+    where the file lacks them. A `.pt` (`allow_pickle`) is read with `weights_only=True`; it holds no vision tower,
+    which `vision` gives: a Hugging Face folder of SigLIP.
 
     Raises:
         WeightsError: missing, unexpected or misshaped tensors (all listed), an unreadable file, another tokenizer, or a
@@ -151,8 +154,11 @@ def load_xgen_mm(
         prefix = PREFIX if any(name.startswith(PREFIX) for name in source.tensors) else ""
         dtypes = {info.dtype for info in source.tensors.values() if info.dtype.is_floating_point}
         dtype = (torch.float32 if len(dtypes) != 1 else dtypes.pop()) if dtype is None else dtype
-        model = undrawn_model(cfg, dtype).to_empty(device=device)
-        targets = unique_tensors(model)
+        model = undrawn_model(cfg, dtype)
+        if quantize is not None:
+            quantise_linears(model.lang_model, quantize)
+        model.to_empty(device=device)
+        targets = load_targets(model)
         if vision is not None:
             tower = {name: targets.pop(name) for name in list(targets) if name.startswith("vision_encoder.")}
             _load_tower(stack.enter_context(SafetensorsFiles(vision)), tower, on_tensor)
@@ -167,7 +173,9 @@ def load_xgen_mm(
     return LoadedModel(model, Processor(cfg, tokenizer), CheckpointConfig(model=cfg))
 
 
-def _load_tower(source: TensorSource, targets: Mapping[str, Tensor], on_tensor: Callable[[str], None] | None) -> None:
+def _load_tower(
+    source: TensorSource, targets: Mapping[str, Tensor | Target], on_tensor: Callable[[str], None] | None
+) -> None:
     """Fill the vision tower from a SigLIP folder; its text tower is not needed."""
     made: dict[str, Recipe] = {name: [Piece(name.replace("vision_encoder.", "vision_model.", 1))] for name in targets}
     load_tensors(source, targets, made, ignored=("text_model.*", "logit_*"), on_tensor=on_tensor)

@@ -35,11 +35,13 @@ def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(rounded.to(x.dtype) < x, above, rounded)
 
 
-def _checked(weight: Tensor) -> Tensor:
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if not bool(torch.isfinite(wide.abs().amax() if wide.numel() else wide.new_zeros(()))):
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _require_finite(extremes: Tensor) -> None:
+    if not bool(torch.isfinite(extremes).all()):
         raise ValueError("weights to quantise: expected finite numbers, got NaN or infinity; the file may be damaged")
-    return wide
 
 
 def quantise_int8(
@@ -50,8 +52,10 @@ def quantise_int8(
     Raises:
         ValueError: if a weight is not finite.
     """
-    wide = _checked(weight)
-    scales = _rounded_up(wide.abs().amax(dim=1) / 127, dtype)
+    wide = _wide(weight)
+    greatest = wide.abs().amax(dim=1)
+    _require_finite(greatest)
+    scales = _rounded_up(greatest / 127, dtype)
     divisor = scales.to(wide.dtype).masked_fill(scales == 0, 1.0)
     codes = (wide / divisor[:, None]).round_().clamp_(-127, 127)
     return codes.to(torch.int8), scales
@@ -72,13 +76,15 @@ def quantise_int4(
     Raises:
         ValueError: if a weight is not finite.
     """
-    wide = _checked(weight)
+    wide = _wide(weight)
     # Repeating the last column, unlike zeros, does not widen its group.
     padding = -wide.shape[1] % INT4_GROUP
     if padding:
         wide = torch.cat([wide, wide[:, -1:].expand(-1, padding)], dim=1)
     groups = wide.unflatten(1, (-1, INT4_GROUP))
     low, high = groups.aminmax(dim=-1)
+    _require_finite(low)
+    _require_finite(high)
     zeros = (low + (high - low) * (8 / 15)).to(dtype)
     centre = zeros.to(wide.dtype)
     # Once the zero is rounded the two ends no longer lie 8 and 7 steps away: a step must reach the further one.

@@ -1,8 +1,9 @@
-"""LoRA on any nn.Linear: attach, train, merge, unmerge exactly."""
+"""LoRA and DoRA on linear layers: attach, train, merge, unmerge exactly, in PEFT's files too."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .adapter import LoraLayer as LoraLayer
     from .config import LoraConfig as LoraConfig
     from .layer import LoraLinear as LoraLinear
     from .model import attach as attach
@@ -16,35 +17,46 @@ if TYPE_CHECKING:
     from .model import merge as merge
     from .model import merge_and_remove as merge_and_remove
     from .model import unmerge as unmerge
+    from .peft_files import load_peft as load_peft
+    from .peft_files import save_peft as save_peft
+    from .quantised import LoraQuantised as LoraQuantised
 
 __all__ = [
     "LoraConfig",
+    "LoraLayer",
     "LoraLinear",
+    "LoraQuantised",
     "attach",
     "base_state_dict",
     "detach",
     "disabled",
     "load_lora_state_dict",
+    "load_peft",
     "lora_layers",
     "lora_parameters",
     "lora_state_dict",
     "merge",
     "merge_and_remove",
+    "save_peft",
     "unmerge",
 ]
 _HOMES = {
     "LoraConfig": "config",
+    "LoraLayer": "adapter",
     "LoraLinear": "layer",
+    "LoraQuantised": "quantised",
     "attach": "model",
     "base_state_dict": "model",
     "detach": "model",
     "disabled": "model",
     "load_lora_state_dict": "model",
+    "load_peft": "peft_files",
     "lora_layers": "model",
     "lora_parameters": "model",
     "lora_state_dict": "model",
     "merge": "model",
     "merge_and_remove": "model",
+    "save_peft": "peft_files",
     "unmerge": "model",
 }
 

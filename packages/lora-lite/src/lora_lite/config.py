@@ -14,6 +14,8 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Strength: the low-rank product is scaled by alpha / rank."""
     dropout: float = 0.0
     """Share of the adapter's input channels set to zero in training."""
+    use_dora: bool = False
+    """Learn each row's magnitude apart from its direction (DoRA)."""
     targets: tuple[str, ...]
     """Linear layers: ends of dotted names ("qkv_proj", "mlp.down_proj"), or shell patterns ("model.layers.*_proj")."""
 

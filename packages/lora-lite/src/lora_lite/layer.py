@@ -4,10 +4,9 @@
 
 A starts random (Kaiming-uniform, as nn.Linear's own weight), B at zero, so that a fresh adapter changes nothing. The
 layer *is* an nn.Linear and keeps the base layer's own parameters under their own names: a checkpoint of the base model
-needs no renaming, and the adapter's tensors stand beside them as `lora_a` and `lora_b`.
+needs no renaming, and the adapter's tensors stand beside them as `lora_a` and `lora_b`, with DoRA `lora_magnitude`.
 """
 
-import math
 from collections.abc import Callable
 from typing import cast
 
@@ -16,10 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .adapter import LoraLayer
 from .config import LoraConfig
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(LoraLayer, nn.Linear):
     """An nn.Linear whose weight and bias are frozen, with a trainable adapter beside them.
 
     The adapter's tensors are in fp32 where the base is in half precision: small steps must not be rounded away.
@@ -29,8 +29,6 @@ class LoraLinear(nn.Linear):
         """Take over base's parameters (shared, not copied) and freeze them. generator: of A, on A's device."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.scale = cfg.scale
-        self.is_enabled = True
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         # In a tuple, so that it is no parameter of this module: the base weight while the adapter is merged.
@@ -39,11 +37,7 @@ class LoraLinear(nn.Linear):
         for parameter in base.parameters(recurse=False):
             parameter.requires_grad_(False)
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        device = base.weight.device
-        self.lora_a = nn.Parameter(torch.empty(cfg.rank, base.in_features, dtype=dtype, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, cfg.rank, dtype=dtype, device=device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), generator=generator)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.add_adapter(cfg, dtype, base.weight.device, generator)
         self.train(base.training)
 
     @property
@@ -61,17 +55,25 @@ class LoraLinear(nn.Linear):
         if not self.is_enabled:
             return F.linear(input, self.base_weight, self.bias)
         out = F.linear(input, self.weight, self.bias)
-        if self.is_merged:
-            return out
-        low_rank = F.linear(self.dropout(input), self.lora_a.to(input.dtype))
-        return out + F.linear(low_rank, self.lora_b.to(input.dtype)) * self.scale
+        return out if self.is_merged else self.adapted(input, out)
+
+    def project(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """Multiply with the base weight."""
+        return F.linear(x, self.base_weight)
+
+    def row_norms(self) -> Float[Tensor, " d_out"]:
+        """‖W + (alpha / rank) B A‖ of each row."""
+        return torch.linalg.vector_norm(self._sum(), dim=1)
+
+    def _sum(self) -> Tensor:
+        return self.base_weight.to(self.lora_a.dtype) + self.scale * (self.lora_b @ self.lora_a)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Fold the adapter into a new weight, computed in fp32; the old one is kept aside, untouched. Idempotent."""
         if self.is_merged:
             return
-        merged = self.weight.to(self.lora_a.dtype) + self.scale * (self.lora_b @ self.lora_a)
+        merged = self._sum() if self.lora_magnitude is None else self._sum() * self.gain()[:, None]
         self._kept = (self.base_weight,)
         self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
 
@@ -101,8 +103,3 @@ class LoraLinear(nn.Linear):
         """Say the layer's sizes and the adapter's."""
         state = "merged" if self.is_merged else "apart"
         return f"{super().extra_repr()}, rank={self.lora_a.shape[0]}, scale={self.scale:g}, adapter {state}"
-
-
-def is_lora_name(name: str) -> bool:
-    """Whether a state-dict key is one of an adapter's own tensors."""
-    return name.rpartition(".")[2] in ("lora_a", "lora_b")

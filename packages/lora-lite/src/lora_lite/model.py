@@ -1,6 +1,7 @@
 """Adapters on a whole model: put on by name, switched off, saved, merged, taken off."""
 
 import difflib
+import inspect
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -8,8 +9,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from .adapter import LoraLayer, is_lora_name
 from .config import LoraConfig
-from .layer import LoraLinear, is_lora_name
+from .layer import LoraLinear
+from .quantised import LoraQuantised
 
 
 def _is_target(name: str, target: str) -> bool:
@@ -31,49 +34,80 @@ def _unmatched(target: str, names: list[str]) -> ValueError:
     )
 
 
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether it is a matrix without a `weight`; asked of its class, for a property could cost a whole matrix."""
+    has_sizes = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+    has_weight = inspect.getattr_static(module, "weight", None) is not None or "weight" in dict(
+        module.named_parameters(recurse=False)
+    )
+    return has_sizes and not has_weight and not isinstance(module, nn.Linear)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what an adapter can be put on, or is on already, by name."""
+    found: dict[str, nn.Module] = {}
+    adapted = ""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if adapted and name.startswith(adapted):
+            continue
+        if isinstance(module, LoraQuantised):
+            adapted = f"{name}."
+        if name and (isinstance(module, nn.Linear) or _is_quantised(module)):
+            found[name] = module
+    return found
+
+
 def attach(model: nn.Module, cfg: LoraConfig, *, generator: torch.Generator | None = None) -> list[str]:
     """Put an adapter on each linear layer that a target names, in place; return the layers' names in model order.
 
     The weight and bias of these layers are frozen; all other parameters are left as they are. A layer that stands in
-    the model under several names stays one layer.
+    the model under several names stays one layer. A module with `in_features` and `out_features` but without `weight`
+    counts as a linear layer that is quantised (`LoraQuantised`).
 
     Raises:
         ValueError: if a target matches no linear layer (lists near names), a layer has an adapter already or is
             part of an nn.MultiheadAttention, which reads its weight past any adapter. The model is then unchanged.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name and isinstance(module, nn.Linear)
-    }
+    linears = linear_layers(model)
     for target in cfg.targets:
         if not any(_is_target(name, target) for name in linears):
             raise _unmatched(target, list(linears))
-    chosen = {name: linears[name] for name in linears if any(_is_target(name, target) for target in cfg.targets)}
-    for name, linear in chosen.items():
-        if isinstance(linear, LoraLinear):
+    chosen = {name: cfg for name in linears if any(_is_target(name, target) for target in cfg.targets)}
+    attach_named(model, chosen, generator)
+    return list(chosen)
+
+
+def attach_named(model: nn.Module, configs: Mapping[str, LoraConfig], generator: torch.Generator | None = None) -> None:
+    """Put an adapter on each of these layers, given by their whole names; the configs' targets do not count.
+
+    Raises:
+        ValueError: as `attach`, but for the targets.
+    """
+    linears = {name: model.get_submodule(name) for name in configs}
+    for name, linear in linears.items():
+        if isinstance(linear, LoraLayer):
             raise ValueError(f"layer {name!r}: expected none with an adapter, got one; detach or merge it first")
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
             raise ValueError(
                 f"layer {name!r}: expected a layer that is called, got one of nn.MultiheadAttention, "
                 "which reads the weight past the adapter; leave it out of the targets"
             )
-    adapted: dict[int, LoraLinear] = {}
-    for name, linear in chosen.items():
+    adapted: dict[int, LoraLayer] = {}
+    for name, linear in linears.items():
         if id(linear) not in adapted:
-            adapted[id(linear)] = LoraLinear(linear, cfg, generator=generator)
+            kind = LoraLinear if isinstance(linear, nn.Linear) else LoraQuantised
+            adapted[id(linear)] = kind(linear, configs[name], generator=generator)  # pyright: ignore[reportArgumentType]
         _replace(model, name, adapted[id(linear)])
-    return list(chosen)
 
 
-def lora_layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
+def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """Return the adapted layers with their names, in model order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the adapters' own parameters, in model order."""
-    return [parameter for _, layer in lora_layers(model) for parameter in (layer.lora_a, layer.lora_b)]
+    return [parameter for _, layer in lora_layers(model) for parameter in layer.adapter_tensors().values()]
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -81,7 +115,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{leaf}": tensor.detach()
         for name, layer in lora_layers(model)
-        for leaf, tensor in (("lora_a", layer.lora_a), ("lora_b", layer.lora_b))
+        for leaf, tensor in layer.adapter_tensors().items()
     }
 
 
@@ -117,13 +151,28 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the model as it was before `attach`: plain names, base weights, no adapter tensors."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not is_lora_name(name)}
     for name, layer in lora_layers(model):
-        state[f"{name}.weight"] = layer.base_weight.detach()
-    return state
+        if isinstance(layer, LoraLinear):
+            state[f"{name}.weight"] = layer.base_weight.detach()
+    hidden = {f"{name}.base.": f"{name}." for name, layer in lora_layers(model) if isinstance(layer, LoraQuantised)}
+    return {_renamed(name, hidden): tensor for name, tensor in state.items()}
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
 
 
 def merge(model: nn.Module) -> None:
-    """Fold each adapter into its layer's weight; the layers then cost what plain ones do. The base weights are kept."""
-    for _, layer in lora_layers(model):
+    """Fold each adapter into its layer's weight; the layers then cost what plain ones do. The base weights are kept.
+
+    Raises:
+        ValueError: if a layer is quantised; the model is then unchanged.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+    # Those that refuse come first.
+    for layer in sorted(layers, key=lambda layer: isinstance(layer, LoraLinear)):
         layer.merge()
 
 
@@ -134,21 +183,25 @@ def unmerge(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Take the adapters off: plain nn.Linear layers with the base weights, trainable as they were before `attach`."""
+    """Take the adapters off: the plain layers with the base weights, trainable as they were before `attach`."""
     unmerge(model)
     _remove(model)
 
 
 def merge_and_remove(model: nn.Module) -> None:
-    """Fold the adapters in for good: plain nn.Linear layers with the merged weights; the base weights are let go."""
+    """Fold the adapters in for good: plain nn.Linear layers with the merged weights; the base weights are let go.
+
+    Raises:
+        ValueError: if a layer is quantised; the model is then unchanged.
+    """
     merge(model)
     _remove(model)
 
 
 def _remove(model: nn.Module) -> None:
-    plain: dict[int, nn.Linear] = {}
+    plain: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             if id(module) not in plain:
                 plain[id(module)] = module.plain()
             _replace(model, name, plain[id(module)])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .formats.loading import LoadedLM as LoadedLM
     from .formats.loading import load_lm as load_lm
     from .model import Phi3 as Phi3
+    from .quantised import Quantisation as Quantisation
     from .quantised import QuantisedLinear as QuantisedLinear
     from .quantised import load_targets as load_targets
     from .quantised import quantise_linears as quantise_linears
@@ -62,6 +63,7 @@ __all__ = [
     "LongRope",
     "Phi3",
     "Phi3Config",
+    "Quantisation",
     "QuantisedLinear",
     "SamplingConfig",
     "SentencePieceTokenizer",
@@ -105,6 +107,7 @@ _HOMES = {
     "load_lm": "formats.loading",
     "Phi3": "model",
     "QuantisedLinear": "quantised",
+    "Quantisation": "quantised",
     "load_targets": "quantised",
     "quantise_linears": "quantised",
     "FINISHED": "sampling",
