@@ -16,7 +16,7 @@ from phi3_lite.formats.gguf import GGUFModel, read_gguf
 from weight_files import load_tensors, unique_tensors
 
 # rows of 256 numbers, the block of the K types
-WIDTH, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, MAX_POSITIONS = 256, 4, 2, 2, 64
+WIDTH, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, MAX_POSITIONS, ORIGINAL = 256, 4, 2, 2, 64, 16
 SIZES = {
     "width": WIDTH, "num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS, "mlp_width": 256,
     "max_positions": MAX_POSITIONS, "norm_eps": 1e-5, "rope_theta": 500.0,
@@ -69,18 +69,20 @@ def _quantised(weight: np.ndarray, kind: gguf.GGMLQuantizationType) -> tuple[np.
     return raw, their_dequantize(torch.from_numpy(raw), int(kind)).float().view(weight.shape).numpy()
 
 
-def _their_model(arch: str, vocab_size: int, *, is_tied: bool) -> LlamaForCausalLM | Phi3ForCausalLM:
+def _their_model(
+    arch: str, vocab_size: int, *, is_tied: bool, rope: dict | None = None
+) -> LlamaForCausalLM | Phi3ForCausalLM:
     sizes = {
         "vocab_size": vocab_size, "hidden_size": WIDTH, "num_hidden_layers": NUM_LAYERS,
         "num_attention_heads": NUM_HEADS, "num_key_value_heads": NUM_KV_HEADS, "intermediate_size": 256,
         "max_position_embeddings": MAX_POSITIONS, "rms_norm_eps": 1e-5, "initializer_range": 0.05,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "tie_word_embeddings": is_tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0} | (rope or {}), "tie_word_embeddings": is_tied,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager",
     }  # fmt: skip
     if arch == "llama":
         model = LlamaForCausalLM(LlamaConfig(**sizes))
     else:
-        model = Phi3ForCausalLM(HFPhi3Config(**sizes, sliding_window=7))
+        model = Phi3ForCausalLM(HFPhi3Config(**sizes, sliding_window=7, original_max_position_embeddings=ORIGINAL))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:
@@ -114,7 +116,7 @@ def _load(found: GGUFModel) -> Phi3:
     with torch.device("meta"):
         model = Phi3(found.config)
     model.to_empty(device="cpu")
-    load_tensors(found.source, unique_tensors(model), found.recipes)
+    load_tensors(found.source, unique_tensors(model), found.recipes, ignored=found.ignored)
     return model.eval()
 
 
@@ -135,6 +137,42 @@ def test_logits_equal_transformers_on_the_dequantised_weights(arch, kind, write_
         expected = theirs(ids[None], use_cache=False).logits[0]
         torch.testing.assert_close(ours.logits(ours(ours.embed(ids))), expected, rtol=0, atol=1e-5)
     assert expected.std() > 0.05
+
+
+@pytest.mark.parametrize("num_tokens", [11, 37])
+def test_long_and_short_rope_factors_equal_transformers(num_tokens: int, write_gguf, gguf_metadata) -> None:
+    short, long = (np.linspace(1, end, 32).astype(np.float32) for end in (1.5, 9))
+    rope = {"rope_type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist()}
+    metadata = gguf_metadata("phi3", **SIZES, sliding_window=7)
+    metadata["phi3.rope.scaling.original_context_length"] = ORIGINAL
+    vocab_size = len(metadata["tokenizer.ggml.tokens"])
+    theirs = _their_model("phi3", vocab_size, is_tied=False, rope=rope)
+    tensors = _as_gguf(theirs, gguf.GGMLQuantizationType.F32)
+    tensors |= {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+    ours = _load(read_gguf(write_gguf(metadata, tensors)))
+    ids = torch.randint(0, vocab_size, (num_tokens,))
+    with torch.no_grad():
+        expected = theirs(ids[None], use_cache=False).logits[0]
+        torch.testing.assert_close(ours.logits(ours(ours.embed(ids))), expected, rtol=0, atol=1e-5)
+
+
+def test_one_set_of_rope_factors_equals_llama3s_scaling_of_transformers(write_gguf, gguf_metadata) -> None:
+    rope = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    metadata = gguf_metadata("llama", **SIZES)
+    vocab_size = len(metadata["tokenizer.ggml.tokens"])
+    theirs = _their_model("llama", vocab_size, is_tied=False, rope=rope)
+    frequencies = 500.0 ** (-torch.arange(0, 64, 2) / 64)
+    factors = (frequencies / theirs.model.rotary_emb.inv_freq).float().numpy()
+    assert (factors.min(), factors.max()) == (pytest.approx(1.0), pytest.approx(8.0))
+    tensors = _as_gguf(theirs, gguf.GGMLQuantizationType.F32) | {"rope_freqs.weight": factors}
+    ours = _load(read_gguf(write_gguf(metadata, tensors)))
+    ids = torch.randint(0, vocab_size, (41,))
+    with torch.no_grad():
+        expected = theirs(ids[None], use_cache=False).logits[0]
+        torch.testing.assert_close(ours.logits(ours(ours.embed(ids))), expected, rtol=0, atol=1e-5)
 
 
 PROMPTS = [

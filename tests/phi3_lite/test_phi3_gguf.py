@@ -16,6 +16,7 @@ from phi3_lite import (
     SMOLLM2_SYSTEM,
     ChatTemplate,
     HFTokenizer,
+    LongRope,
     Phi3,
     SamplingConfig,
     SentencePieceTokenizer,
@@ -64,9 +65,9 @@ def tiny(write_gguf, gguf_metadata):
 
 
 def _load(path: Path) -> Phi3:
-    cfg, source, recipes, *_ = read_gguf(path)
+    cfg, source, recipes, *_, ignored = read_gguf(path)
     model = Phi3(cfg)
-    assert load_tensors(source, unique_tensors(model), recipes) == []
+    assert load_tensors(source, unique_tensors(model), recipes, ignored=ignored) == []
     return model
 
 
@@ -253,12 +254,21 @@ def test_chat_format_is_told_by_the_files_template(template: str | None, kind: s
         ("llama", {"llama.attention.head_count": 5}, "head_count: expected a divisor of the width 32, got 5"),
         ("llama", {"llama.attention.key_length": 16}, "key_length: expected 8"),
         ("llama", {"llama.expert_count": 8}, "expected no experts, got 8"),
-        ("llama", {"llama.rope.scaling.type": "linear"}, "expected plain rotary positions .* got 'linear'"),
+        (
+            "llama",
+            {"llama.rope.scaling.type": "linear"},
+            "rope.scaling.type: expected none, .* got 'linear' and no fac",
+        ),
+        ("phi3", {"phi3.rope.scaling.type": "longrope"}, "rope.scaling.type: .* got 'longrope' and no factors"),
         ("llama", {"llama.rope.dimension_count": 4}, "rope.dimension_count: expected 8"),
         ("llama", {"llama.attention.head_count_kv": 3}, "Phi3Config.num_heads: expected a multiple of num_kv_heads"),
         ("llama", {"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model: expected gpt2 or llama, got 'bert'"),
         ("llama", {"tokenizer.ggml.model": None}, "tokenizer.ggml.model: expected gpt2 or llama, got None"),
-        ("llama", {"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre: expected one of gpt-2, smollm, gpt-4o, got"),
+        (
+            "llama",
+            {"tokenizer.ggml.pre": "tekken"},
+            "tokenizer.ggml.pre: expected one of gpt-2, smollm, .*, got 'tekken'",
+        ),
         ("llama", {"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens: expected a list, got nothing"),
         ("llama", {"tokenizer.ggml.token_type": [1, 2]}, "tokenizer.ggml.token_type: expected 270, .* got 2"),
         ("llama", {"tokenizer.ggml.merges": ["a b c"]}, "tokenizer.ggml.merges: expected pairs"),
@@ -270,10 +280,29 @@ def test_models_that_are_not_handled_are_refused_by_name(arch: str, metadata: di
         read_gguf(tiny(arch, metadata))
 
 
-@pytest.mark.parametrize("name", ["rope_freqs", "rope_factors_long", "rope_factors_short"])
-def test_rope_factors_are_refused_by_name(name: str, tiny) -> None:
-    with pytest.raises(WeightsError, match=f"plain rotary positions .* got {name}.weight"):
-        read_gguf(tiny(tensors={f"{name}.weight": np.ones(4, dtype=np.float32)}))
+FOUR = np.array([1.0, 1.5, 2.0, 4.0], dtype=np.float32)
+
+
+@pytest.mark.parametrize("names", [["rope_factors_long"], ["rope_factors_short"], ["rope_freqs", "rope_factors_long"]])
+def test_half_of_the_rope_factors_is_refused_by_name(names: list[str], tiny) -> None:
+    with pytest.raises(WeightsError, match=f"rope.scaling.type: expected none, .* got 'none' and .*{names[-1]}.weight"):
+        read_gguf(tiny(tensors={f"{name}.weight": FOUR for name in names}))
+
+
+def test_long_and_short_rope_factors_are_read_with_the_original_window(tiny) -> None:
+    values = {"phi3.rope.scaling.original_context_length": 32}
+    factors = {"rope_factors_long.weight": 3 * FOUR, "rope_factors_short.weight": FOUR}
+    cfg = read_gguf(tiny("phi3", values, factors)).config
+    assert cfg.long_rope == LongRope(
+        short_factors=(1.0, 1.5, 2.0, 4.0), long_factors=(3.0, 4.5, 6.0, 12.0), original_max_positions=32
+    )
+    named = read_gguf(tiny("phi3", {**values, "phi3.rope.scaling.attn_factor": 1.25}, factors)).config
+    assert (named.rotary_scale, cfg.rotary_scale) == (1.25, pytest.approx(1.4**0.5))  # ln 4 / ln 32 = 2 / 5
+    assert _load(tiny("phi3", values, factors)).cfg == cfg
+    with pytest.raises(WeightsError, match="original_context_length: expected int, got nothing"):
+        read_gguf(tiny("phi3", {}, factors))
+    with pytest.raises(WeightsError, match=r"long_rope.long_factors: expected 4 numbers"):
+        read_gguf(tiny("phi3", values, {**factors, "rope_factors_long.weight": FOUR[:3]}))
 
 
 def test_tensors_that_are_missing_or_too_many_are_listed(tiny) -> None:
@@ -353,17 +382,31 @@ def test_digits_stand_alone_before_words_are_cut(tiny) -> None:
     assert [plain.token_bytes(token).decode() for token in plain.encode("hello  12")] == ["hello", " ", " ", "12"]
 
 
-def test_words_of_gpt4o_are_cut_as_described(tiny) -> None:
-    tokenizer = read_gguf(tiny(metadata={"tokenizer.ggml.pre": "gpt-4o"})).tokenizer
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # a capital begins a word, short forms stay with theirs in either case, at most three digits go together
+        ("gpt-4o", ["Hello", "World", " don't", " I'VE", " ", "123", "45", " a", "/b", "\n\n", " x", " ", " y"]),
+        ("llama-bpe", ["HelloWorld", " don", "'t", " I", "'VE", " ", "123", "45", " a", "/b", "\n\n", " x", " ", " y"]),
+    ],
+)
+def test_words_are_cut_as_described(kind: str, expected: list[str], tiny) -> None:
+    tokenizer = read_gguf(tiny(metadata={"tokenizer.ggml.pre": kind})).tokenizer
     assert isinstance(tokenizer, HFTokenizer)
     cut = Backend.from_str(tokenizer.to_json()).pre_tokenizer.pre_tokenize_str(
         "HelloWorld don't I'VE 12345 a/b\n\n x  y"
     )
-    words = [word.replace("Ġ", " ").replace("Ċ", "\n") for word, _ in cut]
-    # a capital begins a word, short forms stay with theirs in either case, at most three digits go together
-    assert words == [
-        "Hello", "World", " don't", " I'VE", " ", "123", "45", " a", "/b", "\n\n", " x", " ", " y"
-    ]  # fmt: skip
+    assert [word.replace("Ġ", " ").replace("Ċ", "\n") for word, _ in cut] == expected
+
+
+def test_word_that_is_a_token_is_whole_only_in_llama3s_tokenizer(tiny, gguf_metadata) -> None:
+    # the merges lead to "use" and "r" first, as "use r" is taken away
+    merges = [merge for merge in gguf_metadata("llama")["tokenizer.ggml.merges"] if merge != "use r"]
+    counts = {}
+    for kind in ("gpt-2", "llama-bpe"):
+        metadata = {"tokenizer.ggml.pre": kind, "tokenizer.ggml.merges": merges}
+        counts[kind] = len(read_gguf(tiny(metadata=metadata)).tokenizer.encode("user"))
+    assert counts == {"gpt-2": 2, "llama-bpe": 1}
 
 
 def test_control_tokens_of_both_types_cannot_be_spelt(tiny, gguf_metadata) -> None:

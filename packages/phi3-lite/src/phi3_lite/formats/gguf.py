@@ -6,7 +6,7 @@ pairs channel i with i + r. As written by ggml-org/llama.cpp, convert_hf_to_gguf
 `Phi3MiniModel`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from weight_files import Piece, Recipe, WeightsError
 
 from ..chat import SMOLLM2_SYSTEM, ChatKind
-from ..config import GenerationDefaults, Phi3Config, SamplingConfig
+from ..config import GenerationDefaults, LongRope, Phi3Config, SamplingConfig
 from ..tokenizer import Tokenizer
 from .gguf_file import GGUFFile, Value
 from .gguf_file import is_gguf as is_gguf
@@ -27,8 +27,8 @@ from .gguf_tokenizer import read_tokenizer
 T = TypeVar("T", int, float, str)
 
 _ARCHITECTURES = ("phi3", "llama")
-# what would change the numbers if it were passed over
-_UNHANDLED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# divisors of the rotary frequencies: Llama 3.1's, and the long and short ones of Phi-3's long-context models
+_FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 # control tokens that end an answer or a document; a file names only one of its own
 _STOPS = ("<|end|>", "<|im_end|>", "<|endoftext|>")
 _MAX_NUMBERS = 1 << 24
@@ -51,6 +51,8 @@ class GGUFModel(NamedTuple):
     """Stop ids and sampling."""
     chat: ChatKind | None
     """Chat format; None where the file names none, or one that is not known."""
+    ignored: Sequence[str] = (_FREQS, _LONG, _SHORT)
+    """Tensors that are part of the config."""
 
 
 def read_gguf(path: Path | str) -> GGUFModel:
@@ -117,11 +119,6 @@ def _config(source: GGUFFile, metadata: _Metadata) -> Phi3Config:
             raise metadata.refuse(key, metadata.get(key, int), f"{head_dim}, width / heads")
     if metadata.get("{}.expert_count", int, 0):
         raise metadata.refuse("{}.expert_count", metadata.get("{}.expert_count", int), "no experts")
-    scaling = metadata.get("{}.rope.scaling.type", str, "none")
-    unhandled = [name for name in _UNHANDLED if name in source.tensors]
-    if scaling not in ("none", "") or unhandled:
-        got = ", ".join(unhandled) or repr(scaling)
-        raise metadata.refuse("{}.rope.scaling", got, "plain rotary positions (no scaling, no factors)")
     embedding = source.tensors.get("token_embd.weight")
     if embedding is None:
         raise metadata.refuse("token_embd.weight", "no such tensor", "the embedding")
@@ -140,6 +137,7 @@ def _config(source: GGUFFile, metadata: _Metadata) -> Phi3Config:
         sliding_window=_sliding_window(metadata, max_positions),
         rope_theta=metadata.get("{}.rope.freq_base", float, 10_000.0),
         rotary_fraction=rotary_dim / head_dim,
+        long_rope=_long_rope(source, metadata, max_positions),
         norm_eps=metadata.get("{}.attention.layer_norm_rms_epsilon", float),
         is_head_tied="output.weight" not in source.tensors,
     )
@@ -150,6 +148,33 @@ def _sliding_window(metadata: _Metadata, max_positions: int) -> int | None:
     if metadata.arch == "phi3" and "{}.attention.sliding_window" not in metadata and max_positions == 4096:
         return 2047
     return metadata.get("{}.attention.sliding_window", int, 0) or None
+
+
+def _long_rope(source: GGUFFile, metadata: _Metadata, max_positions: int) -> LongRope | None:
+    """Return the scaling of the frequencies: sets for short and long sequences, or one for all (Llama 3.1)."""
+    scaling = metadata.get("{}.rope.scaling.type", str, "none")
+    held = [name for name in (_FREQS, _LONG, _SHORT) if name in source.tensors]
+    handled = [("none", []), ("none", [_FREQS]), ("none", [_LONG, _SHORT]), ("longrope", [_LONG, _SHORT])]
+    if (scaling, held) not in handled:
+        got = f"{scaling!r} and {', '.join(held) or 'no factors'}"
+        raise metadata.refuse("{}.rope.scaling.type", got, f"none, {_FREQS}, or both {_LONG} and {_SHORT}")
+    if not held:
+        return None
+    factors = {name: tuple(source.read(name).flatten().tolist()) for name in held}
+    if _FREQS in factors:
+        return LongRope(
+            short_factors=factors[_FREQS],
+            long_factors=factors[_FREQS],
+            original_max_positions=max_positions,
+            attention_factor=1.0,
+        )
+    attention_factor = "{}.rope.scaling.attn_factor"
+    return LongRope(
+        short_factors=factors[_SHORT],
+        long_factors=factors[_LONG],
+        original_max_positions=metadata.get("{}.rope.scaling.original_context_length", int),
+        attention_factor=metadata.get(attention_factor, float) if attention_factor in metadata else None,
+    )
 
 
 def _recipes(cfg: Phi3Config, source: GGUFFile, arch: str) -> dict[str, Recipe]:

@@ -36,18 +36,35 @@ _GPT4O = "|".join(
         r"\s+",
     ]
 )
+_LLAMA3 = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 _GPT2_WORDS: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _BYTES_ONLY: Json = {**_GPT2_WORDS, "use_regex": False}
+
+
+def _split(pattern: str) -> Json:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
 _PRE_TOKENIZERS: Mapping[str, list[Json]] = {
     "gpt-2": [_GPT2_WORDS],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2_WORDS],
-    "gpt-4o": [
-        {"type": "Split", "pattern": {"Regex": _GPT4O}, "behavior": "Isolated", "invert": False},
-        _BYTES_ONLY,
-    ],
+    "llama-bpe": [_split(_LLAMA3), _BYTES_ONLY],
+    "gpt-4o": [_split(_GPT4O), _BYTES_ONLY],
 }
 """How text is cut before merging, by the name in `tokenizer.ggml.pre`: GPT-2's words; the same after every digit was
-set apart (SmolLM2's tokenizer.json); GPT-4o's words (Phi-4-mini)."""
+set apart (SmolLM2's tokenizer.json); Llama 3's words; GPT-4o's (Phi-4-mini)."""
+_WHOLE_WORDS_FIRST = ("llama-bpe",)
+"""Those for which a word that is a token is taken whole, whatever its merges would give."""
 
 
 def read_tokenizer(metadata: Mapping[str, Value]) -> Tokenizer:
@@ -109,7 +126,8 @@ def _byte_level(metadata: Mapping[str, Value], tokens: Sequence[str], types: Seq
         "decoder": _GPT2_WORDS,
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": words in _WHOLE_WORDS_FIRST,
             "vocab": {name: index for index, name in enumerate(tokens)},
             "merges": merges,
         },

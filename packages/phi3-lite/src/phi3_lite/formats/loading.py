@@ -55,7 +55,7 @@ def _open_gguf(path: Path | str) -> PublishedLM:
 
     held = read_gguf(path)
     chat = None if held.chat is None else ChatTemplate(held.tokenizer, kind=held.chat)
-    return PublishedLM(held.config, held.source, held.recipes, held.tokenizer, held.generation, chat)
+    return PublishedLM(held.config, held.source, held.recipes, held.tokenizer, held.generation, chat, held.ignored)
 
 
 def load_lm(
