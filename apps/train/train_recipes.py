@@ -98,10 +98,10 @@ def smollm2() -> LanguageRun:
         tiling=model.tiling,
         warmup=replace(warmup_stage(), train=_train(400, 4e-3, 1.5e-2)),
         stage=StageConfig(
-            train=replace(_train(240, 2e-3, 5e-3), optimizer=optimizer, log_every=10),
+            train=replace(_train(210, 2e-3, 5e-3), optimizer=optimizer, log_every=10),
             use_lora=True,
-            max_tokens=1536,
-            world_samples=3000,
+            max_tokens=1024,
+            world_samples=2000,
         ),
     )
 
