@@ -47,6 +47,8 @@ class LoadedModel:
     model: Blip3
     processor: Processor
     config: CheckpointConfig
+    left_random: tuple[str, ...] = ()
+    """Tensors that a published source lacked and that `allow_missing` let be drawn anew."""
 
 
 def model_writers(
@@ -128,11 +130,16 @@ def read_config(path: Path) -> CheckpointConfig:
 
 
 def load_model(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", verify: bool = True
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+    on_tensor: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load a checkpoint folder, frozen; the tensors must be exactly those of its config. No random number is drawn.
 
-    dtype: that of the parameters; by default the file's.
+    dtype: that of the parameters; by default the file's. on_tensor: called with each tensor's name once it is there.
 
     Raises:
         CheckpointError: missing, half-written or damaged folder; missing, extra or misshaped tensors (all listed).
@@ -148,7 +155,7 @@ def load_model(
         with torch.device("meta"):
             lora_lite.attach(model.lang_model, config.lora)
     model.to_empty(device=device).requires_grad_(False)
-    load_tensors(model, path / WEIGHTS)
+    load_tensors(model, path / WEIGHTS, on_tensor)
     return LoadedModel(model.eval(), processor, config)
 
 
@@ -162,7 +169,7 @@ def _check_listed(path: Path, manifest: Mapping[str, object], names: Iterable[st
         )
 
 
-def load_tensors(module: nn.Module, file: Path) -> None:
+def load_tensors(module: nn.Module, file: Path, on_tensor: Callable[[str], None] | None = None) -> None:
     """Copy the tensors of a safetensors file into `module`, one by one; nothing is copied unless all of them fit.
 
     Raises:
@@ -170,7 +177,7 @@ def load_tensors(module: nn.Module, file: Path) -> None:
     """
     try:
         with SafetensorsFiles(file) as source:
-            weight_files.load_tensors(source, unique_tensors(module), same_names(module))
+            weight_files.load_tensors(source, unique_tensors(module), same_names(module), on_tensor=on_tensor)
     except WeightsError as error:
         raise CheckpointError(f"checkpoint {error}") from error
 
