@@ -9,7 +9,7 @@ from phi3_lite import LoadedLM, Quantisation, load_lm, quantise_linears
 from weight_files import SafetensorsFiles, WeightsError
 
 from .checkpoint import LoadedModel, load_model
-from .folder import MANIFEST
+from .folder import MANIFEST, read_manifest
 from .xgen_mm import PREFIX, load_xgen_mm
 
 
@@ -20,23 +20,32 @@ def open_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     on_tensor: Callable[[str], None] | None = None,
+    on_count: Callable[[int], None] | None = None,
 ) -> LoadedModel | LoadedLM:
     """Load the model at `path`; what lies there tells its format. A language model alone comes as a `LoadedLM`.
 
-    quantize: hold the language model's matrices as integers. dtype: by default the file's. on_tensor: called with each
-    tensor's name, for progress (not for checkpoints of ours).
+    quantize: hold the language model's matrices as integers. dtype: by default the file's. For progress, on_count is
+    called once with the number of tensors to come, on_tensor with each one's name once it is there.
 
     Raises:
         ValueError: nothing that can be loaded, or not what it says it is (`CheckpointError`, `WeightsError`).
     """
-    if (path / MANIFEST).exists():
-        loaded = load_model(path, dtype=dtype, device=device)
+    if (path / MANIFEST).exists() and not _is_exported(path):
+        loaded = load_model(path, dtype=dtype, device=device, on_tensor=on_tensor, on_count=on_count)
         if quantize is not None:
             quantise_linears(loaded.model.lang_model, quantize)
         return loaded
     if path.is_dir() and _is_release(path):
-        return load_xgen_mm(path, quantize=quantize, dtype=dtype, device=device, on_tensor=on_tensor)
-    return load_lm(path, quantize=quantize, dtype=dtype, device=device, on_tensor=on_tensor)
+        return load_xgen_mm(path, quantize=quantize, dtype=dtype, device=device, on_tensor=on_tensor, on_count=on_count)
+    return load_lm(path, quantize=quantize, dtype=dtype, device=device, on_tensor=on_tensor, on_count=on_count)
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether a folder with a manifest is a release that `export_xgen_mm` wrote; its digests are then checked here."""
+    if "format" not in read_manifest(path, verify=False):
+        return False
+    read_manifest(path)
+    return True
 
 
 def _is_release(path: Path) -> bool:

@@ -41,7 +41,7 @@ from .checkpoint import LoadedModel
 from .config import Blip3Config, CheckpointConfig
 from .folder import write_folder
 from .model import Blip3, undrawn_model
-from .presets import EXTRA_TOKENS, NUM_USED_ROWS, PAD_TOKEN, XgenKind, xgen_mm_config
+from .presets import EXTRA_TOKENS, NUM_USED_ROWS, PAD_TOKEN, XgenKind, xgen_mm_config, xgen_mm_sampling
 from .processor import Processor
 
 PREFIX = "vlm."
@@ -125,6 +125,7 @@ def load_xgen_mm(
     allow_pickle: bool = False,
     vision: Path | None = None,
     on_tensor: Callable[[str], None] | None = None,
+    on_count: Callable[[int], None] | None = None,
 ) -> LoadedModel:
     """Load a release's folder, or a `.pt` of the original trainer, tensor by tensor into its final dtype and device.
 
@@ -132,7 +133,7 @@ def load_xgen_mm(
     the folder's tokenizer.json. quantize: hold the language model's matrices as integers, made while they are read.
     dtype: by default the file's. allow_missing: shell patterns of our tensor names that may keep whatever is in memory
     where the file lacks them. A `.pt` (`allow_pickle`) is read with `weights_only=True`; it holds no vision tower,
-    which `vision` gives: a Hugging Face folder of SigLIP.
+    which `vision` gives: a Hugging Face folder of SigLIP. on_tensor, on_count: as in `open_model`.
 
     Raises:
         WeightsError: missing, unexpected or misshaped tensors (all listed), an unreadable file, another tokenizer, or a
@@ -159,6 +160,8 @@ def load_xgen_mm(
             quantise_linears(model.lang_model, quantize)
         model.to_empty(device=device)
         targets = load_targets(model)
+        if on_count is not None:
+            on_count(len(targets))
         if vision is not None:
             tower = {name: targets.pop(name) for name in list(targets) if name.startswith("vision_encoder.")}
             _load_tower(stack.enter_context(SafetensorsFiles(vision)), tower, on_tensor)
@@ -170,7 +173,7 @@ def load_xgen_mm(
             on_tensor=on_tensor,
         )
     model.requires_grad_(False).eval()
-    return LoadedModel(model, Processor(cfg, tokenizer), CheckpointConfig(model=cfg))
+    return LoadedModel(model, Processor(cfg, tokenizer), CheckpointConfig(model=cfg, sampling=xgen_mm_sampling(kind)))
 
 
 def _load_tower(
