@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 
 from phi3_lite import LoadedLM, Quantisation, load_lm, quantise_linears
 from weight_files import SafetensorsFiles, WeightsError
 
-from .checkpoint import LoadedModel, load_model
+from .checkpoint import CONFIG, LoadedModel, load_model
 from .folder import MANIFEST, read_manifest
 from .xgen_mm import PREFIX, load_xgen_mm
 
@@ -30,7 +31,7 @@ def open_model(
     Raises:
         ValueError: nothing that can be loaded, or not what it says it is (`CheckpointError`, `WeightsError`).
     """
-    if (path / MANIFEST).exists() and not _is_exported(path):
+    if _is_ours(path):
         loaded = load_model(path, dtype=dtype, device=device, on_tensor=on_tensor, on_count=on_count)
         if quantize is not None:
             quantise_linears(loaded.model.lang_model, quantize)
@@ -40,12 +41,19 @@ def open_model(
     return load_lm(path, quantize=quantize, dtype=dtype, device=device, on_tensor=on_tensor, on_count=on_count)
 
 
-def _is_exported(path: Path) -> bool:
-    """Whether a folder with a manifest is a release that `export_xgen_mm` wrote; its digests are then checked here."""
-    if "format" not in read_manifest(path, verify=False):
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a checkpoint of ours, half-written perhaps; an exported release is none, though it has a
+    manifest, whose digests are checked here.
+    """
+    if (path / MANIFEST).exists():
+        if "format" not in read_manifest(path, verify=False):
+            return True
+        read_manifest(path)
         return False
-    read_manifest(path)
-    return True
+    try:
+        return "format_version" in msgspec.json.decode((path / CONFIG).read_bytes(), type=dict[str, object])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return False
 
 
 def _is_release(path: Path) -> bool:
