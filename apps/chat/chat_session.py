@@ -1,25 +1,22 @@
 """The chat itself: attach pictures, ask, stream the answer. Bad input costs one line, never the session."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import torch
+from msgspec.structs import replace
 
-from anyres_tiler import tile_image
-from blip3_lite import (
-    LoadedModel,
-    SamplingConfig,
-    load_model,
-    newest_checkpoint,
-    stream_answer,
-    user_turn,
-)
+from blip3_lite import SamplingConfig, user_turn
+from chat_batch import answer_pictures, find_pictures, unfinished
 from chat_config import ChatConfig
+from chat_opening import find_model, open_talker
+from chat_talkers import ChatError, PictureTalker, Talker, TextTalker
 from fused_kernels import backend_report
-from interleave_data import FileBytes, ImagePart, Sample, SkipReason, SkipSample, TextPart, Turn, open_image
+from interleave_data import FileBytes, ImagePart, SkipReason, SkipSample, TextPart, Turn
 
 HELP = """  /image PATH   add a picture to your next message (again for several, in order)
   /clear        forget the conversation and its pictures
@@ -27,17 +24,14 @@ HELP = """  /image PATH   add a picture to your next message (again for several,
   /quit         leave (or Ctrl-D)"""
 
 
-class ChatError(ValueError):
-    """Something the user can mend, told in one line."""
-
-
 @dataclass
 class Session:
     """A conversation with a loaded model."""
 
-    loaded: LoadedModel
+    talker: Talker[Any]
     sampling: SamplingConfig
     generator: torch.Generator
+    stop_texts: Sequence[str] = ()
     turns: list[Turn] = field(default_factory=list)
     pending: list[ImagePart] = field(default_factory=list)
 
@@ -45,23 +39,15 @@ class Session:
         """Add a picture to the next message; return what becomes of it, in words.
 
         Raises:
-            ChatError: the file cannot be read or is no picture that the image gate lets through.
+            ChatError: the model sees no pictures, the file cannot be read, or the image gate does not let it through.
         """
-        limits = self.loaded.processor.limits
         try:
-            data = ImagePart(_file(path)).read(limits.max_bytes)
-            image = open_image(data, limits)
+            picture, words = self.talker.look_at(ImagePart(_file(path)))
         except SkipSample as error:
             what = "cannot be read" if error.reason is SkipReason.UNREADABLE_FILE else "not a usable picture"
             raise ChatError(f"{path}: {what} ({error.detail})") from error
-        tiles = tile_image(image, self.loaded.config.model.tiling)
-        self.pending.append(ImagePart(data))
-        rows, columns = tiles.grid
-        parts = f"{columns}×{rows} tiles + thumbnail" if tiles.thumbnail_first else "one view"
-        return (
-            f"{Path(path).name}: {image.width}×{image.height} px → {parts} of {tiles.tile_px} px "
-            f"→ {self.loaded.config.model.num_image_tokens(tiles.num_tiles)} tokens"
-        )
+        self.pending.append(picture)
+        return f"{Path(path).name}: {words}"
 
     def ask(self, text: str) -> Iterator[str]:
         """Stream the answer to `text` with the pictures attached so far.
@@ -77,23 +63,17 @@ class Session:
         # Bytes of a terminal that are no UTF-8 come as lone surrogates, which no tokenizer takes.
         turns = [*self.turns, user_turn(self.pending, text.encode(errors="replace").decode())]
         try:
-            prompt = self.loaded.processor.encode_prompt(Sample(id="chat", source="chat", turns=tuple(turns)))
+            prompt = self.talker.encode(turns)
         except SkipSample as error:
             raise ChatError(f"the conversation cannot be used ({error.detail}); use /clear") from error
-        window = self.loaded.config.model.lm.max_positions
+        window = self.talker.lm.cfg.max_positions
         if prompt.length >= window:
             raise ChatError(
                 f"the conversation is {prompt.length} tokens long, the model's window is {window}; use /clear"
             )
-        sampling = SamplingConfig(
-            max_new_tokens=min(self.sampling.max_new_tokens, window - prompt.length),
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-        )
+        sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, window - prompt.length))
         pieces: list[str] = []
-        for piece in stream_answer(
-            self.loaded.model, self.loaded.processor, prompt, sampling, generator=self.generator
-        ):
+        for piece in self.talker.stream(prompt, sampling, self.stop_texts, self.generator):
             pieces.append(piece)
             yield piece
         answer = "".join(pieces)
@@ -151,7 +131,7 @@ def _handle_line(session: Session, line: str) -> bool:
     return True
 
 
-def _interact(session: Session) -> int:
+def _interact(session: Session) -> None:
     if isinstance(sys.stdin, TextIOWrapper):
         # A stray byte must not end the session, and a file's name may hold any.
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -161,41 +141,68 @@ def _interact(session: Session) -> int:
             print("you> ", end="", file=sys.stderr, flush=True)
             line = sys.stdin.readline()
             if not line or not _handle_line(session, line):
-                return 0
+                return
         except ChatError as error:
             _say(f"  {error}")
         except KeyboardInterrupt:
             _say("\n  stopped; Ctrl-D leaves")
 
 
-def _open(config: ChatConfig) -> Session:
-    path = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(Path("runs"))
-    loaded = load_model(path)
-    sampling = SamplingConfig(max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p)
-    _say(f"checkpoint {path}")
-    rows = backend_report(loaded.model.device, torch.float32)
+def _open(config: ChatConfig) -> PictureTalker | TextTalker:
+    try:
+        path = find_model(config.model)
+        talker = open_talker(path, config.quantize)
+    except (ValueError, OSError) as error:
+        raise ChatError(str(error)) from error
+    dtype = talker.lm.model.norm.weight.dtype
+    held = f"{config.quantize} and {dtype}" if config.quantize else str(dtype)
+    _say(f"model {path}: {talker.kind}, {held.replace('torch.', '')}")
+    rows = backend_report(talker.lm.model.norm.weight.device, dtype)
     _say("kernels: " + ", ".join(f"{row.op}={row.backend}" for row in rows))
-    session = Session(loaded, sampling, torch.Generator().manual_seed(config.seed))
+    return talker
+
+
+def _chat(config: ChatConfig) -> None:
+    talker = _open(config)
+    generator = torch.Generator().manual_seed(config.seed)
+    session = Session(talker, config.sampling(talker.sampling), generator, config.stop)
     for image in config.image:
         _say(session.attach(image))
-    return session
+    if config.prompt is None:
+        _interact(session)
+    else:
+        _answer(session, config.prompt)
+
+
+def _ask_folder(config: ChatConfig, folder: Path, question: str, out: Path) -> None:
+    # before the model is loaded, which takes longer
+    pictures = find_pictures(folder, out)
+    talker = _open(config)
+    if not isinstance(talker, PictureTalker):
+        raise ChatError(f"--images: expected a model that sees pictures, got one of {talker.kind}; name another")
+    generator = torch.Generator().manual_seed(config.seed)
+    sampling = config.sampling(talker.sampling)
+    try:
+        counts = answer_pictures(talker, pictures, question, out, sampling, config.stop, generator)
+    except OSError as error:
+        raise ChatError(f"--out {out}: cannot be written ({error.strerror})") from error
+    num_answered = counts.pop("answered", 0)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+    _say(f"{out}: {num_answered} answered, {counts.total()} skipped" + (f" ({reasons})" if reasons else ""))
 
 
 def run(config: ChatConfig) -> int:
     """Run the chat; return the exit status (2 for input that cannot be used, 130 if it was interrupted)."""
     try:
-        try:
-            session = _open(config)
-        except (ValueError, OSError) as error:
-            _say(f"chat: {error}")
-            return 2
-        if config.prompt is None:
-            return _interact(session)
-        _answer(session, config.prompt)
+        if config.images is None or config.out is None or config.prompt is None:
+            _chat(config)
+        else:
+            _ask_folder(config, Path(config.images), config.prompt, Path(config.out))
     except ChatError as error:
         _say(f"chat: {error}")
         return 2
     except KeyboardInterrupt:
-        _say("\nchat: interrupted")
+        kept = unfinished(Path(config.out)) if config.out else None
+        _say("\nchat: interrupted" + (f"; what was answered is in {kept}" if kept and kept.exists() else ""))
         return 130
     return 0

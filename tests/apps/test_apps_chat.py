@@ -47,9 +47,11 @@ def session(saying, repo_root: Path, monkeypatch: pytest.MonkeyPatch):
     """The same, as a session with answers of four tokens."""
     monkeypatch.syspath_prepend(str(repo_root / "apps/chat"))
     from chat_session import Session
+    from chat_talkers import PictureTalker
 
     def build(text: str | None, max_positions: int = 4096) -> Session:
-        return Session(saying(text, max_positions), SamplingConfig(max_new_tokens=4), torch.Generator())
+        talker = PictureTalker(saying(text, max_positions))
+        return Session(talker, SamplingConfig(max_new_tokens=4), torch.Generator())
 
     return build
 
@@ -68,7 +70,7 @@ def test_prompt_answers_once_from_the_newest_checkpoint(run_app, checkpoint: Pat
     done = run_app("chat", ["--image", str(picture), "--prompt", "What colour?", "--max-new-tokens", "4"], checkpoint)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "eeee\n"
-    assert "checkpoint runs/mine/model" in done.stderr
+    assert "model runs/mine/model: text and pictures, float32" in done.stderr
     assert "packed_attention=" in done.stderr
     # 300 × 100 fits three tiles side by side best: thumbnail + 3 tiles of 3 latents.
     assert "300×100 px → 3×1 tiles + thumbnail of 16 px → 12 tokens" in done.stderr
@@ -133,16 +135,16 @@ def test_no_answer_keeps_the_pictures_and_no_turn(session, picture: Path, answer
 
 
 def test_the_second_turn_still_sees_the_picture(session, picture: Path, monkeypatch) -> None:
-    import chat_session
+    import chat_talkers
 
     prompts = []
-    stream = chat_session.stream_answer
+    stream = chat_talkers.stream_answer
 
     def spy(model, processor, prompt, *arguments, **settings):
         prompts.append(prompt)
         return stream(model, processor, prompt, *arguments, **settings)
 
-    monkeypatch.setattr(chat_session, "stream_answer", spy)
+    monkeypatch.setattr(chat_talkers, "stream_answer", spy)
     chat = session("e")
     chat.attach(str(picture))
     assert "".join(chat.ask("What colour?")) == "eeee"
@@ -171,8 +173,8 @@ def test_an_interrupted_prompt_is_exit_130(session, monkeypatch, capsys) -> None
     def interrupted(*_arguments, **_settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat_session, "_open", lambda config: session("e"))
-    monkeypatch.setattr(chat_session, "stream_answer", interrupted)
+    monkeypatch.setattr(chat_session, "_open", lambda config: session("e").talker)
+    monkeypatch.setattr("chat_talkers.stream_answer", interrupted)
     assert chat_session.run(ChatConfig(prompt="x")) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -203,7 +205,7 @@ def test_damaged_checkpoint_is_refused(run_app, toy_demo: Path, tmp_path: Path, 
     else:
         data[-5] ^= 1
         weights.write_bytes(data)
-    done = run_app("chat", ["--checkpoint", str(copy), "--prompt", "x"], toy_demo)
+    done = run_app("chat", ["--model", str(copy), "--prompt", "x"], toy_demo)
     assert done.returncode == 2
     wanted = {"no manifest": "MANIFEST.json", "cut": "bytes", "flipped": "sha256"}
     assert wanted[damage] in done.stderr

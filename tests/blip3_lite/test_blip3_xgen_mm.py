@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anyres_tiler import TilingConfig, tile_image
-from blip3_lite import Blip3, Blip3Config, CheckpointError, Processor, collate, user_turn
+from blip3_lite import Blip3, Blip3Config, CheckpointError, Processor, SamplingConfig, collate, user_turn
 from blip3_lite.checkpoint import LoadedModel
 from blip3_lite.config import XGEN_MM_SYSTEM_PROMPT, CheckpointConfig
+from blip3_lite.opening import open_model
 from blip3_lite.presets import EXTRA_TOKENS, xgen_mm_config
 from blip3_lite.xgen_mm import detect_kind, export_xgen_mm, load_xgen_mm, xgen_mm_tensors, xgen_mm_tokenizer
 from interleave_data import ImagePart, Sample, TextPart, Turn
@@ -281,10 +282,14 @@ def test_prompt_of_the_base_model_has_no_chat_format():
 def test_a_checkpoint_of_ours_keeps_the_released_choices(loaded, tmp_path, picture):
     from blip3_lite import load_model, save_model
 
-    save_model(tmp_path / "ours", loaded.model, loaded.processor)
+    export_xgen_mm(tmp_path / "x", loaded, "singleimg")
+    released = load_xgen_mm(tmp_path / "x", "base", cfg=tiny(), tokenizer=loaded.processor.tokenizer)
+    save_model(tmp_path / "ours", loaded.model, loaded.processor, sampling=released.config.sampling)
     again = load_model(tmp_path / "ours")
     image = picture(1, (20, 9))
     assert again.config.model == tiny()
+    # facts of the zero-shot demo
+    assert again.config.sampling == SamplingConfig(max_new_tokens=256, repetition_penalty=2.0)
     assert logits(again.model, again.processor, image).equal(logits(loaded.model, loaded.processor, image))
     with pytest.raises(CheckpointError):
         load_model(tmp_path)
@@ -307,3 +312,30 @@ def test_a_quantised_import_equals_quantising_the_loaded_model(loaded, tokenizer
     image = picture(1, (20, 9))
     with torch.no_grad():
         assert logits(again.model, again.processor, image).equal(logits(model, processor, image))
+
+
+def test_a_release_is_sampled_as_its_authors_do(loaded, tokenizer, tmp_path):
+    export_xgen_mm(tmp_path / "x", loaded, "interleave")
+    again = load_xgen_mm(tmp_path / "x", "interleave", cfg=tiny(), tokenizer=tokenizer)
+    assert again.config.sampling == SamplingConfig(max_new_tokens=1024, temperature=0.0, repetition_penalty=1.0)
+
+
+@pytest.mark.parametrize("kind", ["ours", "release", "language model"])
+def test_opening_counts_the_tensors_before_it_names_them(kind, loaded, tokenizer, tmp_path, monkeypatch):
+    from blip3_lite import save_model
+    from phi3_lite import Phi3, save_huggingface
+
+    path = tmp_path / "x"
+    if kind == "ours":
+        save_model(path, loaded.model, loaded.processor)
+    elif kind == "release":
+        export_xgen_mm(path, loaded, "singleimg")
+        (path / "preprocessor_config.json").write_text('{"grids": [[384, 768]]}')
+        monkeypatch.setattr("blip3_lite.xgen_mm.xgen_mm_config", lambda kind: tiny())
+        monkeypatch.setattr("blip3_lite.xgen_mm.xgen_mm_tokenizer", lambda file: tokenizer)
+    else:
+        save_huggingface(path, Phi3(msgspec.structs.replace(tiny().lm, has_head_bias=False)), tokenizer)
+    seen: list[object] = []
+    open_model(path, on_tensor=seen.append, on_count=seen.append)
+    count, *names = seen
+    assert count == len(set(names)) == len(names) > 10

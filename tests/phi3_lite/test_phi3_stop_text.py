@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from phi3_lite import (
     FINISHED,
+    GenerationStep,
     Phi3,
     Phi3Config,
     SamplingConfig,
@@ -16,6 +17,7 @@ from phi3_lite import (
     collect,
     cut_at_stop,
     generate,
+    stream_text,
     train_tokenizer,
 )
 
@@ -96,3 +98,19 @@ def test_generation_ends_each_row_at_its_stop_text() -> None:
     assert len(found[1]) < 12
     assert FINISHED not in found[1]
     assert cut_at_stop(tokenizer.decode(found[1]), [stop]) == texts[1][: texts[1].index(stop)]
+
+
+def test_stream_text_stops_at_the_text_and_asks_for_no_more_tokens() -> None:
+    tokenizer = train_tokenizer(["plain"], 280)
+    left = iter([*tokenizer.encode("é a\nUser:bc"), tokenizer.token_id("<|end|>")])
+    steps = (GenerationStep(torch.tensor([token]), torch.tensor([False])) for token in left)
+    assert "".join(stream_text(steps, tokenizer, [tokenizer.token_id("<|end|>")], ["\nUser:"])) == "é a"
+    assert tokenizer.decode(left) == "bc"
+
+
+def test_stream_text_leaves_the_stop_token_out_and_gives_what_was_held_back() -> None:
+    tokenizer = train_tokenizer(["plain"], 280)
+    end = tokenizer.token_id("<|end|>")
+    ids = [*tokenizer.encode("a\nUse"), end]
+    steps = (GenerationStep(torch.tensor([token]), torch.tensor([token == end])) for token in ids)
+    assert "".join(stream_text(steps, tokenizer, [end], ["\nUser:"])) == "a\nUse"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lora_lite
 import weight_files
+from phi3_lite import SamplingConfig
 from weight_files import SafetensorsFiles, WeightsError, same_names, unique_tensors
 
 from .config import CheckpointConfig
@@ -52,17 +53,21 @@ class LoadedModel:
 
 
 def model_writers(
-    model: Blip3, processor: Processor, lora: lora_lite.LoraConfig | None = None
+    model: Blip3,
+    processor: Processor,
+    lora: lora_lite.LoraConfig | None = None,
+    sampling: SamplingConfig | None = None,
 ) -> dict[str, Callable[[Path], object]]:
     """Name → writer of each file that a model checkpoint is made of; a training checkpoint adds its own.
 
     `lora`: the config of the adapters that are attached to `model.lang_model`, unmerged; None if there are none.
+    `sampling`: how the model is meant to be sampled, as in `CheckpointConfig`.
 
     Raises:
         CheckpointError: the model's adapters are others, elsewhere or merged: it could not be loaded again as it is.
     """
     _check_adapters(model, lora)
-    config = CheckpointConfig(model=model.cfg, lora=lora, tokenizer_file=processor.tokenizer_file)
+    config = CheckpointConfig(model=model.cfg, lora=lora, sampling=sampling, tokenizer_file=processor.tokenizer_file)
     return {
         CONFIG: lambda path: path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2)),
         WEIGHTS: lambda path: save_file(_tensors_to_save(model), path),
@@ -102,15 +107,16 @@ def save_model(
     processor: Processor,
     *,
     lora: lora_lite.LoraConfig | None = None,
+    sampling: SamplingConfig | None = None,
     manifest: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a checkpoint folder at `path`, all or nothing; `lora` as for `model_writers`.
+    """Write a checkpoint folder at `path`, all or nothing; `lora` and `sampling` as for `model_writers`.
 
     Raises:
         CheckpointError: the model's adapters do not fit `lora`, or `path` holds something that is no checkpoint.
         OSError: the disk is full or read-only; an older checkpoint at `path` is still there.
     """
-    write_folder(path, model_writers(model, processor, lora), manifest or {})
+    write_folder(path, model_writers(model, processor, lora, sampling), manifest or {})
 
 
 def read_config(path: Path) -> CheckpointConfig:
@@ -136,10 +142,11 @@ def load_model(
     device: torch.device | str = "cpu",
     verify: bool = True,
     on_tensor: Callable[[str], None] | None = None,
+    on_count: Callable[[int], None] | None = None,
 ) -> LoadedModel:
     """Load a checkpoint folder, frozen; the tensors must be exactly those of its config. No random number is drawn.
 
-    dtype: that of the parameters; by default the file's. on_tensor: called with each tensor's name once it is there.
+    dtype: that of the parameters; by default the file's. on_tensor, on_count: as in `open_model`.
 
     Raises:
         CheckpointError: missing, half-written or damaged folder; missing, extra or misshaped tensors (all listed).
@@ -155,6 +162,8 @@ def load_model(
         with torch.device("meta"):
             lora_lite.attach(model.lang_model, config.lora)
     model.to_empty(device=device).requires_grad_(False)
+    if on_count is not None:
+        on_count(len(unique_tensors(model)))
     load_tensors(model, path / WEIGHTS, on_tensor)
     return LoadedModel(model.eval(), processor, config)
 
@@ -171,6 +180,8 @@ def _check_listed(path: Path, manifest: Mapping[str, object], names: Iterable[st
 
 def load_tensors(module: nn.Module, file: Path, on_tensor: Callable[[str], None] | None = None) -> None:
     """Copy the tensors of a safetensors file into `module`, one by one; nothing is copied unless all of them fit.
+
+    on_tensor: called with each tensor's name once it is there.
 
     Raises:
         CheckpointError: an unreadable file, or names and shapes that differ; lists every one.

@@ -8,7 +8,7 @@ import msgspec
 from anyres_tiler.config import TilingConfig
 from lora_lite.config import LoraConfig
 from perceiver_resampler.config import ResamplerConfig
-from phi3_lite.config import Phi3Config
+from phi3_lite.config import Phi3Config, SamplingConfig
 from siglip_lite.config import SiglipVisionConfig
 
 FORMAT_VERSION = 1
@@ -72,6 +72,9 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The model that the tensors belong to."""
     lora: LoraConfig | None = None
     """Adapters that are attached (not merged) in these tensors."""
+    sampling: SamplingConfig | None = None
+    """How its publisher means the model to be sampled; None for one that nobody has published. What ends an answer
+    follows from `Blip3Config.chat`."""
     tokenizer_file: str = "tokenizer.json"
     """Name of the tokenizer's file in the checkpoint folder."""
     format_version: int = FORMAT_VERSION

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from phi3_lite import FINISHED, GenerationStep, SamplingConfig, StopCutter, StopTexts, cut_at_stop, generate
+from phi3_lite import FINISHED, GenerationStep, SamplingConfig, StopTexts, cut_at_stop, generate, stream_text
 
 from .batch import EncodedSample, PackedBatch, collate
 from .model import Blip3
@@ -57,19 +57,9 @@ def stream_answer(
     stop_texts: Sequence[str] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
-    """Yield the answer to one prompt as pieces of text, up to the first of `stop_texts` in it.
-
-    A character whose bytes are not all there yet is held back, and so is what may still become a stop text.
-    """
-    decoder, cutter = processor.stream_decoder(), StopCutter(stop_texts)
-    for step in generate_steps(model, [prompt], sampling, processor.stop_ids, generator=generator):
-        token = int(step.tokens[0])
-        if token not in processor.stop_ids and (piece := cutter.push(decoder.push(token))):
-            yield piece
-        if cutter.is_stopped:
-            return
-    if rest := cutter.push(decoder.finish()) + cutter.finish():
-        yield rest
+    """Yield the answer to one prompt as pieces of text, up to the first of `stop_texts` (`phi3_lite.stream_text`)."""
+    steps = generate_steps(model, [prompt], sampling, processor.stop_ids, generator=generator)
+    yield from stream_text(steps, processor.tokenizer, processor.stop_ids, stop_texts)
 
 
 def answer_batch(

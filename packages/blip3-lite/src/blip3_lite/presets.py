@@ -6,7 +6,7 @@ import msgspec
 
 from anyres_tiler.config import TilingConfig
 from perceiver_resampler.config import xgen_mm as xgen_mm_resampler
-from phi3_lite.config import mini_4k
+from phi3_lite.config import SamplingConfig, mini_4k
 from siglip_lite.presets import so400m_patch14_384
 
 from .config import XGEN_MM_SYSTEM_PROMPT, Blip3Config
@@ -43,3 +43,10 @@ def xgen_mm_config(kind: XgenKind) -> Blip3Config:
         system_prompt=XGEN_MM_SYSTEM_PROMPT,
         image_separator="\n",
     )
+
+
+def xgen_mm_sampling(kind: XgenKind) -> SamplingConfig:
+    """How the authors sample a release: their notebook for the instruct models, their zero-shot demo for the base."""
+    if kind == "base":
+        return SamplingConfig(max_new_tokens=256, repetition_penalty=2.0)
+    return SamplingConfig(max_new_tokens=1024)

@@ -23,7 +23,7 @@ from interleave_data import (
     TextPart,
     Turn,
 )
-from phi3_lite import IMAGE, ChatTemplate, ChatTurn, EncodedChat, HFTokenizer, ImageSlot, StreamDecoder
+from phi3_lite import IMAGE, ChatTemplate, ChatTurn, EncodedChat, HFTokenizer, ImageSlot
 
 from .batch import IGNORE_INDEX, EncodedSample
 from .config import Blip3Config
@@ -102,10 +102,6 @@ class Processor:
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text, control tokens left out."""
         return self.tokenizer.decode(ids).strip()
-
-    def stream_decoder(self) -> StreamDecoder:
-        """A decoder for one answer, token by token."""
-        return StreamDecoder(self.tokenizer)
 
     def save_tokenizer(self, path: Path) -> None:
         """Write the tokenizer's file."""

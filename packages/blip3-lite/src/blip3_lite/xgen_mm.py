@@ -42,7 +42,7 @@ from .checkpoint import LoadedModel
 from .config import Blip3Config, CheckpointConfig
 from .folder import MANIFEST, read_manifest, write_folder
 from .model import Blip3, undrawn_model
-from .presets import EXTRA_TOKENS, NUM_USED_ROWS, PAD_TOKEN, XgenKind, xgen_mm_config
+from .presets import EXTRA_TOKENS, NUM_USED_ROWS, PAD_TOKEN, XgenKind, xgen_mm_config, xgen_mm_sampling
 from .processor import Processor
 
 PREFIX = "vlm."
@@ -133,14 +133,15 @@ def load_xgen_mm(
     allow_pickle: bool = False,
     vision: Path | None = None,
     on_tensor: Callable[[str], None] | None = None,
+    on_count: Callable[[int], None] | None = None,
 ) -> LoadedModel:
     """Load a release's folder, or a `.pt` of the original trainer, tensor by tensor into its final dtype and device.
 
     kind: which release; by default told from the folder. cfg: another size than the published. tokenizer: instead of
     the folder's tokenizer.json. quantize: hold the language model's matrices as integers, made while they are read.
-    dtype: by default the file's. allow_missing: shell patterns of our tensor names that may be missing; they are
-    drawn anew and named in `left_random`. A `.pt` (`allow_pickle`) is read with `weights_only=True`; it holds
-    no vision tower, which `vision` gives: a Hugging Face folder of SigLIP.
+    dtype: by default the file's. allow_missing: shell patterns of our tensor names that may be missing; they are drawn
+    anew and named in `left_random`. A `.pt` (`allow_pickle`) is read with `weights_only=True`; it holds no vision
+    tower, which `vision` gives: a Hugging Face folder of SigLIP. on_tensor, on_count: as in `open_model`.
 
     Raises:
         WeightsError: missing, unexpected or misshaped tensors (all listed), an unreadable file, another tokenizer, or a
@@ -167,6 +168,8 @@ def load_xgen_mm(
             quantise_linears(model.lang_model, quantize)
         model.to_empty(device=device)
         targets = load_targets(model)
+        if on_count is not None:
+            on_count(len(targets))
         if vision is not None:
             tower = {name: targets.pop(name) for name in list(targets) if name.startswith("vision_encoder.")}
             _load_tower(stack.enter_context(SafetensorsFiles(vision)), tower, on_tensor)
@@ -175,7 +178,9 @@ def load_xgen_mm(
         _draw(model, left)
         load_tensors(source, targets, made, allow_missing=allow_missing, on_tensor=on_tensor)
     model.requires_grad_(False).eval()
-    return LoadedModel(model, Processor(cfg, tokenizer), CheckpointConfig(model=cfg), left)
+    return LoadedModel(
+        model, Processor(cfg, tokenizer), CheckpointConfig(model=cfg, sampling=xgen_mm_sampling(kind)), left
+    )
 
 
 def _draw(model: Blip3, names: Sequence[str]) -> None:

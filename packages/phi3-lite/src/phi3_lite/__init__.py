@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .stop_text import StopCutter as StopCutter
     from .stop_text import StopTexts as StopTexts
     from .stop_text import cut_at_stop as cut_at_stop
+    from .stop_text import stream_text as stream_text
     from .tokenizer import StreamDecoder as StreamDecoder
     from .tokenizer import Tokenizer as Tokenizer
     from .tokenizer_hf import HFTokenizer as HFTokenizer
@@ -84,6 +85,7 @@ __all__ = [
     "phi35_mini",
     "quantise_linears",
     "save_huggingface",
+    "stream_text",
     "train_tokenizer",
 ]
 _HOMES = {
@@ -119,6 +121,7 @@ _HOMES = {
     "StopCutter": "stop_text",
     "StopTexts": "stop_text",
     "cut_at_stop": "stop_text",
+    "stream_text": "stop_text",
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
     "HFTokenizer": "tokenizer_hf",

@@ -4,12 +4,13 @@ The strings are looked for in the text, not in the ids: the same characters can 
 in the middle of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from .sampling import GenerationStep
 from .tokenizer import StreamDecoder, Tokenizer
 
 
@@ -56,6 +57,24 @@ class StopCutter:
             if any(stop.startswith(self._held[start:]) for stop in self._stop_texts):
                 return len(self._held) - start
         return 0
+
+
+def stream_text(
+    steps: Iterator[GenerationStep], tokenizer: Tokenizer, stop_ids: Sequence[int], stop_texts: Sequence[str] = ()
+) -> Iterator[str]:
+    """Yield what a generation of one row says, as pieces of text, up to the first of `stop_texts` in it.
+
+    A character whose bytes are not all there yet is held back, and so is what may still become a stop text.
+    """
+    decoder, cutter = StreamDecoder(tokenizer), StopCutter(stop_texts)
+    for step in steps:
+        token = int(step.tokens[0])
+        if token not in stop_ids and (piece := cutter.push(decoder.push(token))):
+            yield piece
+        if cutter.is_stopped:
+            return
+    if rest := cutter.push(decoder.finish()) + cutter.finish():
+        yield rest
 
 
 def cut_at_stop(text: str, stop_texts: Sequence[str]) -> str:

@@ -66,12 +66,13 @@ def load_lm(
     quantize: Quantisation | None = None,
     allow_missing: Sequence[str] = (),
     on_tensor: Callable[[str], None] | None = None,
+    on_count: Callable[[int], None] | None = None,
 ) -> LoadedLM:
     """Load a GGUF file or a Hugging Face folder into `dtype` (None: the one that most of its bytes have) on `device`.
 
     quantize: hold the matrices as integers, made of the rows as they are read. allow_missing: shell patterns of the
-    model's tensors that may be missing; they are drawn anew and named in `left_random`. on_tensor: called with each
-    tensor's name once it is there.
+    model's tensors that may be missing; they are drawn anew and named in `left_random`. on_count: called once with
+    the number of tensors to come; on_tensor: with each one's name once it is there.
 
     Raises:
         WeightsError: the files are missing, damaged, of another architecture, or do not hold the model's tensors; the
@@ -88,6 +89,8 @@ def load_lm(
             quantise_linears(model, quantize)
         model.to_empty(device=device)
         targets = load_targets(model)
+        if on_count is not None:
+            on_count(len(targets))
         left = load_tensors(
             published.source,
             targets,
