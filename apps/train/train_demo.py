@@ -79,6 +79,8 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
         _say_stopped("warmup", result, result.checkpoint)
         return False
     first_step, newest = result.counters.step, result.checkpoint
+    # Its pictures are not needed again.
+    del warmup
     features = FeatureCache(model, config.feature_cache_mb << 20)
     scores: dict[str, StageScores] = {}
     with timer.phase("evaluation"):

@@ -66,12 +66,12 @@ def pretrain_stage() -> StageConfig:
 
 def sft_stage() -> StageConfig:
     """Conversations about one picture, any-resolution tiles."""
-    return StageConfig(train=_train(720, 2e-3, 5e-3), max_tokens=1536, world_samples=8100)
+    return StageConfig(train=_train(860, 2e-3, 5e-3), max_tokens=1536, world_samples=9700)
 
 
 def interleaved_stage() -> StageConfig:
     """Conversations about several pictures, mixed with single ones."""
-    return StageConfig(train=_train(420, 1.5e-3, 4e-3), max_tokens=1536, world_samples=8000)
+    return StageConfig(train=_train(260, 1.5e-3, 4e-3), max_tokens=1536, world_samples=5000)
 
 
 def dpo_stage() -> StageConfig:

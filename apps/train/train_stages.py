@@ -30,7 +30,7 @@ from train_config import StageConfig
 from train_objectives import NextToken, Preference, SamplePair, collate_pairs
 from trainer_lite import FitResult, Progress, RunFolder, StopFlag, Trainer
 
-IMAGE_CACHE_BYTES = 1 << 29
+IMAGE_CACHE_BYTES = 3 << 27
 """Tiles of images are kept up to this much, so that a repeated picture is decoded and cut once."""
 
 _LOOK_AHEAD = 64

@@ -48,6 +48,8 @@ class LoadedModel:
     model: Blip3
     processor: Processor
     config: CheckpointConfig
+    left_random: tuple[str, ...] = ()
+    """Tensors that a published source lacked and that `allow_missing` let be drawn anew."""
 
 
 def model_writers(

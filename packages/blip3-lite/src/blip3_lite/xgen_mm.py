@@ -31,6 +31,7 @@ from weight_files import (
     Target,
     TensorSource,
     WeightsError,
+    compare_tensors,
     load_tensors,
     open_pickled,
     shard_writers,
@@ -39,12 +40,13 @@ from weight_files import (
 
 from .checkpoint import LoadedModel
 from .config import Blip3Config, CheckpointConfig
-from .folder import write_folder
+from .folder import MANIFEST, read_manifest, write_folder
 from .model import Blip3, undrawn_model
 from .presets import EXTRA_TOKENS, NUM_USED_ROWS, PAD_TOKEN, XgenKind, xgen_mm_config, xgen_mm_sampling
 from .processor import Processor
 
 PREFIX = "vlm."
+_FORMAT = "xgen-mm-v1.5"
 _ROW_MULTIPLE = 64
 PUBLISHED_DTYPE: dict[XgenKind, torch.dtype] = {
     "base": torch.float32,
@@ -96,11 +98,17 @@ def xgen_mm_tokenizer(file: Path) -> HFTokenizer:
 def detect_kind(path: Path) -> XgenKind:
     """Tell a base release from an instruct one by its preprocessor_config.json, whose `grids` the base has empty.
 
-    The three instruct releases share architecture and prompts; they are all told as `singleimg`.
+    The three instruct releases share architecture and prompts; they are all told as `singleimg`. A folder that
+    `export_xgen_mm` wrote says its kind itself.
 
     Raises:
         WeightsError: there is no such file.
     """
+    if (path / MANIFEST).is_file():
+        said = str(read_manifest(path, verify=False).get("format", ""))
+        kinds: dict[str, XgenKind] = {f"{_FORMAT} {kind}": kind for kind in PUBLISHED_DTYPE}
+        if said in kinds:
+            return kinds[said]
     file = path / "preprocessor_config.json"
     try:
         found: dict[str, Any] = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
@@ -131,9 +139,9 @@ def load_xgen_mm(
 
     kind: which release; by default told from the folder. cfg: another size than the published. tokenizer: instead of
     the folder's tokenizer.json. quantize: hold the language model's matrices as integers, made while they are read.
-    dtype: by default the file's. allow_missing: shell patterns of our tensor names that may keep whatever is in memory
-    where the file lacks them. A `.pt` (`allow_pickle`) is read with `weights_only=True`; it holds no vision tower,
-    which `vision` gives: a Hugging Face folder of SigLIP. on_tensor, on_count: as in `open_model`.
+    dtype: by default the file's. allow_missing: shell patterns of our tensor names that may be missing; they are
+    drawn anew and named in `left_random`. A `.pt` (`allow_pickle`) is read with `weights_only=True`; it holds
+    no vision tower, which `vision` gives: a Hugging Face folder of SigLIP. on_tensor, on_count: as in `open_model`.
 
     Raises:
         WeightsError: missing, unexpected or misshaped tensors (all listed), an unreadable file, another tokenizer, or a
@@ -165,15 +173,29 @@ def load_xgen_mm(
         if vision is not None:
             tower = {name: targets.pop(name) for name in list(targets) if name.startswith("vision_encoder.")}
             _load_tower(stack.enter_context(SafetensorsFiles(vision)), tower, on_tensor)
-        load_tensors(
-            source,
-            targets,
-            recipes(cfg, list(targets), prefix),
-            allow_missing=allow_missing,
-            on_tensor=on_tensor,
-        )
+        made = recipes(cfg, list(targets), prefix)
+        left = compare_tensors(source, targets, made, allow_missing=allow_missing).left
+        _draw(model, left)
+        load_tensors(source, targets, made, allow_missing=allow_missing, on_tensor=on_tensor)
     model.requires_grad_(False).eval()
-    return LoadedModel(model, Processor(cfg, tokenizer), CheckpointConfig(model=cfg, sampling=xgen_mm_sampling(kind)))
+    config = CheckpointConfig(model=cfg, sampling=xgen_mm_sampling(kind))
+    return LoadedModel(model, Processor(cfg, tokenizer), config, left)
+
+
+def _draw(model: Blip3, names: Sequence[str]) -> None:
+    """Draw these anew, and what else is in their towers: to be done before loading."""
+    held = unique_tensors(model)
+    if quantised := [name for name in names if name not in held]:
+        raise WeightsError(
+            f"allow_missing: expected plain tensors to draw anew, got quantised: {', '.join(quantised[:8])}; "
+            "load without quantize"
+        )
+    for prefix, part in (("vision_encoder.", model.vision_encoder), ("vision_tokenizer.", model.vision_tokenizer)):
+        if any(name.startswith(prefix) for name in names):
+            part.init_weights()
+    model.lang_model.reset_parameters(
+        names=[name.removeprefix("lang_model.") for name in names if name.startswith("lang_model.")]
+    )
 
 
 def _load_tower(
@@ -227,4 +249,4 @@ def export_xgen_mm(path: Path, loaded: LoadedModel, kind: XgenKind, *, max_shard
     tensors = xgen_mm_tensors(loaded.model, PUBLISHED_DTYPE[kind])
     writers = shard_writers(tensors, max_shard_bytes=max_shard_bytes)
     writers[loaded.processor.tokenizer_file] = loaded.processor.save_tokenizer
-    write_folder(path, writers, {"format": f"xgen-mm-v1.5 {kind}"})
+    write_folder(path, writers, {"format": f"{_FORMAT} {kind}"})

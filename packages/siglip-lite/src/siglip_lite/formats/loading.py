@@ -51,7 +51,7 @@ def load_siglip(
         WeightsError: a folder of another model, an unfinished download, or tensors that are missing, unexpected or
             misshaped, of which all are listed; nothing is loaded then.
     """
-    folder = _read_folder(Path(path))
+    folder = read_folder(Path(path))
     if folder.vision is None or folder.text is None:
         held = "a vision tower" if folder.text is None else "a text tower"
         raise WeightsError(f"weights {path}: expected two towers, got {held} alone; load that")
@@ -74,7 +74,7 @@ def load_siglip_vision(
 
     Arguments and errors as of `load_siglip`.
     """
-    folder = _read_folder(Path(path))
+    folder = read_folder(Path(path))
     if (cfg := folder.vision) is None:
         raise WeightsError(f"weights {path}: expected a vision tower, got a text tower alone; name another folder")
     return _load(folder, lambda: SiglipVision(cfg), VISION, dtype, device, allow_missing, on_tensor)
@@ -92,7 +92,7 @@ def load_siglip_text(
 
     Arguments and errors as of `load_siglip`.
     """
-    folder = _read_folder(Path(path))
+    folder = read_folder(Path(path))
     if (cfg := folder.text) is None:
         raise WeightsError(f"weights {path}: expected a text tower, got a vision tower alone; name another folder")
     return _load(folder, lambda: SiglipText(cfg), TEXT, dtype, device, allow_missing, on_tensor)
@@ -102,8 +102,12 @@ class _Kind(msgspec.Struct):
     architecture: str | None = None
 
 
-def _read_folder(path: Path) -> PublishedFolder:
-    """Tell the format by its config file, and read that."""
+def read_folder(path: Path) -> PublishedFolder:
+    """Tell the format by its config file, and read that: which towers there are, and of what size.
+
+    Raises:
+        WeightsError: no such folder, or one of another model.
+    """
     try:
         return _reader(path)(path)
     except WeightsError:
