@@ -177,7 +177,7 @@ def import_release(job: Job, on_tensor: Progress) -> None:
         on_tensor=on_tensor,
     )
     _say_random(loaded.left_random)
-    blip3_lite.save_model(job.out, loaded.model, loaded.processor)
+    blip3_lite.save_model(job.out, loaded.model, loaded.processor, sampling=loaded.config.sampling)
 
 
 def export_release(job: Job, on_tensor: Progress) -> None:
@@ -208,7 +208,9 @@ def convert_ours(job: Job, on_tensor: Progress) -> None:
     if not job.merge and job.dtype is None:
         raise ValueError("--to ours: expected --merge or --dtype with a checkpoint of ours, got neither; give one")
     loaded = _load_ours(job, on_tensor)
-    blip3_lite.save_model(job.out, loaded.model, loaded.processor, lora=loaded.config.lora)
+    blip3_lite.save_model(
+        job.out, loaded.model, loaded.processor, lora=loaded.config.lora, sampling=loaded.config.sampling
+    )
 
 
 def export_adapters(job: Job, on_tensor: Progress) -> None:

@@ -26,7 +26,7 @@ from trainer_lite import FitResult, PhaseTimer, RunFolder, StopFlag, TqdmProgres
 
 STAGES = ("pretrain", "sft", "interleaved", "dpo", "safety")
 _SHARE_BEFORE = 0.2
-"""Share of the questions asked before the first stage: what is not yet learnt needs no narrow interval."""
+"""Share of the questions asked before a stage has taught to answer: what is not yet learnt needs no narrow interval."""
 
 
 def free_path(wanted: str) -> Path:

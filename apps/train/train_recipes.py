@@ -66,7 +66,7 @@ def pretrain_stage() -> StageConfig:
 
 def sft_stage() -> StageConfig:
     """Conversations about one picture, any-resolution tiles."""
-    return StageConfig(train=_train(860, 2e-3, 5e-3), max_tokens=1536, world_samples=9700)
+    return StageConfig(train=_train(800, 2e-3, 5e-3), max_tokens=1536, world_samples=9000)
 
 
 def interleaved_stage() -> StageConfig:

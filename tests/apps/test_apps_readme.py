@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-CUT = {"500": "2", "PICTURE": "images/0.png"}
+CUT = {"500": "2", "PICTURE": "images/0.png", "PICTURES": "images"}
 """What is typed in place of a length and of a placeholder."""
 
 

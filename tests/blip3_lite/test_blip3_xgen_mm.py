@@ -339,3 +339,13 @@ def test_opening_counts_the_tensors_before_it_names_them(kind, loaded, tokenizer
     open_model(path, on_tensor=seen.append, on_count=seen.append)
     count, *names = seen
     assert count == len(set(names)) == len(names) > 10
+
+
+def test_a_flipped_byte_in_an_exported_release_is_found(loaded, tmp_path):
+    export_xgen_mm(tmp_path / "x", loaded, "singleimg")
+    weights = tmp_path / "x" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match="sha256"):
+        open_model(tmp_path / "x")

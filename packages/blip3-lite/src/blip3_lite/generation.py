@@ -27,7 +27,8 @@ def generate_steps(
     """Yield the next token of every prompt, step by step, until all have stopped.
 
     All tiles of all prompts go through the vision tower in one call; `collate_prompts` may bring kept features instead.
-    A repetition penalty counts the prompts' text, not their image slots. `ends` as in `phi3_lite.generate`.
+    A repetition penalty counts the answers' own tokens: the prompts are embeddings, as in the original, where it sees
+    none of them either (transformers 5.23). `ends` as in `phi3_lite.generate`.
     """
     batch = collate_prompts(prompts).to(model.device)
     yield from generate(
@@ -37,15 +38,8 @@ def generate_steps(
         sampling,
         stop_ids,
         generator,
-        prompt_ids=[_text_ids(prompt) for prompt in prompts],
         ends=ends,
     )
-
-
-def _text_ids(prompt: EncodedSample) -> list[int]:
-    is_text = torch.ones(len(prompt.ids), dtype=torch.bool)
-    is_text[prompt.image_index] = False
-    return prompt.ids[is_text].tolist()
 
 
 def stream_answer(

@@ -31,25 +31,23 @@ def open_model(
     Raises:
         ValueError: nothing that can be loaded, or not what it says it is (`CheckpointError`, `WeightsError`).
     """
+    # First: a release that we have written has a manifest too.
+    if is_release(path):
+        if (path / MANIFEST).exists():
+            read_manifest(path)
+        return load_xgen_mm(path, quantize=quantize, dtype=dtype, device=device, on_tensor=on_tensor, on_count=on_count)
     if _is_ours(path):
         loaded = load_model(path, dtype=dtype, device=device, on_tensor=on_tensor, on_count=on_count)
         if quantize is not None:
             quantise_linears(loaded.model.lang_model, quantize)
         return loaded
-    if is_release(path):
-        return load_xgen_mm(path, quantize=quantize, dtype=dtype, device=device, on_tensor=on_tensor, on_count=on_count)
     return load_lm(path, quantize=quantize, dtype=dtype, device=device, on_tensor=on_tensor, on_count=on_count)
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder is a checkpoint of ours, half-written perhaps; an exported release is none, though it has a
-    manifest, whose digests are checked here.
-    """
+    """Whether a folder is a checkpoint of ours, or one half-written, which lacks its manifest."""
     if (path / MANIFEST).exists():
-        if "format" not in read_manifest(path, verify=False):
-            return True
-        read_manifest(path)
-        return False
+        return True
     try:
         return "format_version" in msgspec.json.decode((path / CONFIG).read_bytes(), type=dict[str, object])
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):

@@ -139,9 +139,9 @@ def load_xgen_mm(
 
     kind: which release; by default told from the folder. cfg: another size than the published. tokenizer: instead of
     the folder's tokenizer.json. quantize: hold the language model's matrices as integers, made while they are read.
-    dtype: by default the file's. allow_missing: shell patterns of our tensor names that may be missing; they are drawn
-    anew and named in `left_random`. A `.pt` (`allow_pickle`) is read with `weights_only=True`; it holds no vision
-    tower, which `vision` gives: a Hugging Face folder of SigLIP. on_tensor, on_count: as in `open_model`.
+    dtype: by default the file's. allow_missing: shell patterns of our tensor names that may be missing; they are
+    drawn anew and named in `left_random`. A `.pt` (`allow_pickle`) is read with `weights_only=True`; it holds
+    no vision tower, which `vision` gives: a Hugging Face folder of SigLIP. on_tensor, on_count: as in `open_model`.
 
     Raises:
         WeightsError: missing, unexpected or misshaped tensors (all listed), an unreadable file, another tokenizer, or a
@@ -178,9 +178,8 @@ def load_xgen_mm(
         _draw(model, left)
         load_tensors(source, targets, made, allow_missing=allow_missing, on_tensor=on_tensor)
     model.requires_grad_(False).eval()
-    return LoadedModel(
-        model, Processor(cfg, tokenizer), CheckpointConfig(model=cfg, sampling=xgen_mm_sampling(kind)), left
-    )
+    config = CheckpointConfig(model=cfg, sampling=xgen_mm_sampling(kind))
+    return LoadedModel(model, Processor(cfg, tokenizer), config, left)
 
 
 def _draw(model: Blip3, names: Sequence[str]) -> None:
