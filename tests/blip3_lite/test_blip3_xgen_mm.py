@@ -12,14 +12,22 @@ from anyres_tiler import TilingConfig, tile_image
 from blip3_lite import Blip3, Blip3Config, CheckpointError, Processor, SamplingConfig, collate, user_turn
 from blip3_lite.checkpoint import LoadedModel
 from blip3_lite.config import XGEN_MM_SYSTEM_PROMPT, CheckpointConfig
+from blip3_lite.model import undrawn_model
 from blip3_lite.opening import open_model
 from blip3_lite.presets import EXTRA_TOKENS, xgen_mm_config
-from blip3_lite.xgen_mm import detect_kind, export_xgen_mm, load_xgen_mm, xgen_mm_tensors, xgen_mm_tokenizer
+from blip3_lite.xgen_mm import (
+    detect_kind,
+    export_xgen_mm,
+    load_xgen_mm,
+    recipes,
+    xgen_mm_tensors,
+    xgen_mm_tokenizer,
+)
 from interleave_data import ImagePart, Sample, TextPart, Turn
 from perceiver_resampler import ResamplerConfig
 from phi3_lite import IMAGE, ChatTemplate, HFTokenizer, Phi3Config, train_tokenizer
 from siglip_lite import SiglipVisionConfig
-from weight_files import WeightsError, plan_shards
+from weight_files import TensorDict, WeightsError, compare_tensors, plan_shards, unique_tensors
 
 USED = 290
 PHI3 = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "phi-3-mini" / "tokenizer.json"
@@ -82,6 +90,16 @@ def test_full_size_export_has_the_published_names_and_bytes(kind, total, shards)
     assert sum(tensor.num_bytes for tensor in tensors) == total
     planned = [sum(tensor.num_bytes for tensor in shard) for shard in plan_shards(tensors, 5_000_000_000)]
     assert planned == shards if shards else len(planned) == 2
+
+
+@pytest.mark.parametrize("kind", ["base", "singleimg", "interleave", "dpo"])
+def test_full_size_import_takes_exactly_the_tensors_of_an_export(kind):
+    cfg = xgen_mm_config(kind)
+    model = undrawn_model(cfg)
+    saved = xgen_mm_tensors(model, torch.bfloat16)
+    source = TensorDict({t.name: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in saved})
+    targets = unique_tensors(model)
+    assert not compare_tensors(source, targets, recipes(cfg, list(targets)))
 
 
 def published_names() -> set[str]:
