@@ -107,7 +107,7 @@ def smollm2() -> LanguageRun:
 
 
 def demo() -> DemoRun:
-    """All stages in a row, ten minutes on two cores."""
+    """All stages in a row, ten minutes on two undisturbed cores."""
     return DemoRun(
         model=demo_model(),
         warmup=warmup_stage(),
