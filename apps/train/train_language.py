@@ -13,7 +13,6 @@ import torch
 from blip3_lite import Blip3, FeatureCache, Processor, save_model
 from blip3_lite.assembly import join_parts
 from eval_lite import write_predictions
-from interleave_data import load_data_file, open_sources
 from phi3_lite import load_lm
 from siglip_lite import SiglipVision
 from train_config import LanguageRun, run_path
@@ -22,8 +21,8 @@ from train_exam import Exam, StageScores, with_exchanged_pictures
 from train_stages import (
     IMAGE_CACHE_BYTES,
     CheckpointFiles,
-    StageData,
     announce,
+    data_of_file,
     fit_stage,
     merge_adapters,
     say,
@@ -63,20 +62,13 @@ def _joined(config: LanguageRun) -> tuple[Blip3, Processor]:
     return loaded.model, Processor(cfg, tokenizer, image_cache_bytes=IMAGE_CACHE_BYTES)
 
 
-def _data(config: LanguageRun) -> StageData:
-    if config.data is None:
-        return stage_data("sft", config.stage.world_samples, config.stage.train.seed)
-    data_file = load_data_file(config.data)
-    ratios = [source.ratio for source in data_file.sources]
-    return StageData(open_sources(data_file), ratios, data_file.skip_limits, data_file.image_limits)
-
-
 def run_language(recipe: str, config: LanguageRun, stop: StopFlag) -> bool:
     """Run both parts and the exam; return False if a signal stopped them."""
     path = run_path(recipe, config.out)
     timer, progress = PhaseTimer(), TqdmProgress()
     with timer.phase("setup"), checking_input():
-        data = _data(config)
+        world_samples, seed = config.stage.world_samples, config.stage.train.seed
+        data = stage_data("sft", world_samples, seed) if config.data is None else data_of_file(config.data)
         torch.manual_seed(config.warmup.train.seed)
         model, processor = _joined(config)
         run = RunFolder.create(path, {"recipe": recipe, "config": config})

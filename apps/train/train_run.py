@@ -10,7 +10,7 @@ from blip3_lite.assembly import join_parts, load_tower
 from blip3_lite.checkpoint import read_config
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
-from interleave_data import Sample, SkipSample, TextPart, TooManySkips, load_data_file, open_sources
+from interleave_data import Sample, SkipSample, TextPart, TooManySkips
 from phi3_lite import load_lm, train_tokenizer
 from train_config import Command, DemoRun, LanguageRun, StageRun, WarmupRun, run_path
 from train_demo import run_demo
@@ -31,6 +31,7 @@ from train_stages import (
     CheckpointFiles,
     StageData,
     announce,
+    data_of_file,
     fit_stage,
     merge_adapters,
     say,
@@ -140,9 +141,7 @@ def _stage_data(recipe: str, config: StageRun) -> StageData:
         if recipe not in WORLD_STAGES:
             raise BadInputError(f"{recipe}: expected --data FILE, got none; the embedded world is for small models")
         return stage_data(recipe, config.stage.world_samples, config.stage.train.seed)
-    data_file = load_data_file(config.data)
-    ratios = [source.ratio for source in data_file.sources]
-    return StageData(open_sources(data_file), ratios, data_file.skip_limits, data_file.image_limits)
+    return data_of_file(config.data)
 
 
 def _new_model(config: StageRun, data: StageData) -> tuple[Blip3, Processor]:

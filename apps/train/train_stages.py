@@ -25,6 +25,8 @@ from interleave_data import (
     SkipSample,
     Source,
     Stream,
+    load_data_file,
+    open_sources,
 )
 from train_config import StageConfig
 from train_objectives import NextToken, Preference, SamplePair, collate_pairs
@@ -51,6 +53,16 @@ class StageData:
         """Changes with any source and with what the image gate lets in; the stream itself compares the ratios."""
         sources = [f"{source.name}={source.fingerprint}" for source in self.sources]
         return " ".join([*sources, f"images={msgspec.json.encode(self.image_limits).decode()}"])
+
+
+def data_of_file(path: str) -> StageData:
+    """The sources that a data file lists, in its ratios and under its limits.
+
+    Raises:
+        ValueError: the file or a source of it cannot be used.
+    """
+    file = load_data_file(path)
+    return StageData(open_sources(file), [source.ratio for source in file.sources], file.skip_limits, file.image_limits)
 
 
 class PackStream:

@@ -9,6 +9,7 @@ m starts as ‖W‖. As in PEFT, dropout acts on the x of B A and on that of the
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .config import LoraConfig
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(nn.Module, ABC):
     """A frozen linear map with a trainable adapter beside it."""
 
     in_features: int
@@ -50,25 +51,25 @@ class LoraLayer(nn.Module):
         """Whether the adapter is folded into the base."""
         return False
 
+    @abstractmethod
     def project(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """Multiply with the base weight, without bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def row_norms(self) -> Float[Tensor, " d_out"]:
         """Give ‖V‖."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self) -> None:
         """Fold the adapter into the base."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unmerge(self) -> None:
         """Undo `merge`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self) -> nn.Module:
         """Return the layer as it was before the adapter; merged, if it is."""
-        raise NotImplementedError
 
     def gain(self) -> Float[Tensor, " d_out"]:
         """Return m / ‖V‖ of DoRA."""

@@ -14,6 +14,7 @@ Phi-3-mini takes 7.6 GB in bf16, 3.8 GB with int8 and 2.5 GB with int4, all at b
 The state (`codes`, `scales`) depends on the machine's layout of int4: quantise at load time, and keep the checkpoint.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -45,7 +46,7 @@ _PROJECTIONS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "m
 _CHUNK_ELEMENTS = 1 << 18
 
 
-class QuantisedLinear(nn.Module):
+class QuantisedLinear(nn.Module, ABC):
     """A matrix [out_features, in_features] without bias, kept as integers; itself a `weight_files.Target`."""
 
     codes: Tensor
@@ -81,16 +82,17 @@ class QuantisedLinear(nn.Module):
     def _rows_at_a_time(self) -> int:
         return max(1, _CHUNK_ELEMENTS // self.in_features)
 
+    @abstractmethod
     def _write(self, start: int, rows: Tensor) -> None:
-        raise NotImplementedError
+        """Quantise rows that `write` has cut to size."""
 
+    @abstractmethod
     def dequantised(self) -> Float[Tensor, "n d"]:
         """Return the matrix in the dtype of the scales."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... n"]:
         """Multiply with the matrix, in x's dtype; differentiable with respect to x."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Say the sizes."""
