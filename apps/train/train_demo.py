@@ -25,7 +25,7 @@ from train_world import stage_data, world_tokenizer
 from trainer_lite import FitResult, PhaseTimer, RunFolder, StopFlag, TqdmProgress, peak_rss_bytes
 
 STAGES = ("pretrain", "sft", "interleaved", "dpo", "safety")
-_SHARE_BEFORE = 0.2
+_SHARE_BEFORE = 0.1
 """Share of the questions asked before a stage has taught to answer: what is not yet learnt needs no narrow interval."""
 
 
