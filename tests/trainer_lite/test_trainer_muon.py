@@ -77,3 +77,22 @@ def test_muon_leaves_a_parameter_without_gradient():
 def test_muon_refuses_a_vector():
     with pytest.raises(ValueError, match=r"Muon: expected 2-D parameters, got shape \(3,\); move the others by AdamW"):
         Muon([nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+@pytest.mark.parametrize("shape", [(16, 5), (5, 16), (8, 8), (4, 24, 8)])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_orthogonalize_equals_the_published_iteration(shape, steps):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    x = matrix.double() / matrix.double().norm(dim=(-2, -1), keepdim=True)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    torch.testing.assert_close(orthogonalize(matrix, steps).double(), x, atol=5e-5, rtol=0)
+
+
+def test_orthogonalize_of_a_matrix_of_low_rank_keeps_its_rank():
+    factors = torch.randn(2, 32, 3, generator=torch.Generator().manual_seed(6))
+    singular = torch.linalg.svdvals(orthogonalize(factors[0] @ factors[1].T))
+    assert singular[:3].min() > 0.65
+    # Rounding is lifted by at most 3.4445 a step.
+    assert singular[3:].max() < 1e-3

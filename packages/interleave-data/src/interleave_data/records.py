@@ -1,0 +1,103 @@
+"""What stands between shards and samples: a record of a container, and what a record says about its pictures.
+
+    container (tar, JSON, parquet)  →  record  →  format (LLaVA, OBELICS, …)  →  turns
+
+A container knows nothing of conversations and a format nothing of files, so every format can be read from every
+container that can hold it.
+"""
+
+import glob
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Protocol, TypeVar
+
+from .errors import SkipReason, SkipSample
+from .samples import ImagePart, Turn
+from .sources import image_inside
+
+Fields = TypeVar("Fields")
+
+
+class Record(Protocol):
+    """One record: a JSON object, a row of a parquet file, or the members of a tar that share a key."""
+
+    @property
+    def where(self) -> str:
+        """Shard and key or number, as ids and messages name it: "0003.tar:000012", "train.json:17"."""
+        ...
+
+    def decode(self, fields: type[Fields]) -> Fields:
+        """The record's fields: the JSON object, the row, the .json member.
+
+        Raises:
+            SkipSample: if there is none, it is broken, or not of the type.
+        """
+        ...
+
+    def text(self, suffix: str) -> str:
+        """The text member with this suffix, stripped; only a tar has such.
+
+        Raises:
+            SkipSample: if there is none, or it is no UTF-8, or beyond 4 MiB.
+        """
+        ...
+
+    def picture(self) -> ImagePart | None:
+        """The picture that lies in the record itself (a member of the tar), not yet read; None if there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class PreferenceBody:
+    """A prompt and two answers to it, the first of which is preferred."""
+
+    turns: tuple[Turn, ...]
+    chosen: str
+    rejected: str
+
+
+Body = tuple[Turn, ...] | PreferenceBody
+"""What a format makes of a record."""
+
+
+class Images:
+    """Pictures that records name, under one folder that none of them may leave. Nothing is ever fetched."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def part(self, reference: str | bytes) -> ImagePart:
+        """A path relative to the folder, the picture's bytes, or a web address whose picture lies in the folder.
+
+        An address stands for the file `AB/SHA256.*`, SHA256 being the digest of the address in hexadecimal and AB its
+        first two digits: whoever downloads the pictures of a published set names them so.
+
+        Raises:
+            SkipSample: if a path leads out of the folder, or no file is there for an address.
+        """
+        if isinstance(reference, bytes):
+            return ImagePart(reference, key=sha256(reference).hexdigest())
+        if not reference.startswith(("http://", "https://")):
+            return image_inside(self.root, reference)
+        digest = sha256(reference.encode("utf-8", "surrogatepass")).hexdigest()
+        name = f"{digest[:2]}/{digest}"
+        found = sorted(glob.glob(f"{os.path.join(glob.escape(self.root), name)}.*"))
+        if not found:
+            raise SkipSample(SkipReason.UNREADABLE_FILE, f"expected the picture of {reference} at {name}.*, got none")
+        return image_inside(self.root, os.path.relpath(found[0], self.root))
+
+    def parts(self, references: str | Sequence[str] | None) -> list[ImagePart]:
+        """The pictures of a record that may name one, several or none.
+
+        Raises:
+            SkipSample: as `part`.
+        """
+        if references is None:
+            return []
+        return [self.part(name) for name in ([references] if isinstance(references, str) else references)]
+
+
+Format = Callable[[Record, Images], Body]
+"""A layout: reads a record or raises SkipSample."""
