@@ -8,13 +8,23 @@ import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from PIL import Image
 
 from .config import ImageLimits
 from .errors import SkipReason, SkipSample
 from .images import open_image
+
+
+class Size(NamedTuple):
+    """What a sample takes up once it is encoded; known from its text and its pictures' headers alone."""
+
+    tokens: int
+    """Tokens in the sequence, image tokens included."""
+    tiles: int
+    """Tiles of all its pictures."""
+
 
 Role = Literal["document", "system", "user", "assistant"]
 """Who speaks. `document`: running text or a caption, all of which is to be predicted."""
