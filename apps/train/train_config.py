@@ -178,7 +178,7 @@ class DemoRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     seed: int = 0
     """Seed of weights, pictures and order; a stage's own seed is added for its order."""
     eval_questions: int = 500
-    """Held-out questions a skill, asked after each stage; a fifth of them after the warm-up, for comparison."""
+    """Held-out questions a skill, asked after each stage; a tenth of them before SFT, for comparison."""
     feature_cache_mb: int = 896
     """Memory for the frozen vision tower's features."""
     model: Blip3Config
