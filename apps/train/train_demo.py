@@ -26,7 +26,7 @@ from trainer_lite import FitResult, PhaseTimer, RunFolder, StopFlag, TqdmProgres
 
 STAGES = ("pretrain", "sft", "interleaved", "dpo", "safety")
 _SHARE_BEFORE = 0.1
-"""Share of the questions asked before SFT, which is the first to teach answering: none is right, to no one's surprise."""
+"""Share of the questions asked before SFT, the first stage to teach answering: none is right, to no surprise."""
 
 
 def free_path(wanted: str) -> Path:
