@@ -105,7 +105,7 @@ def ambiguous_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
             continue
         room = count - len(chosen)
         fitting = list(by_answer.values())[:room]
-        if room - len(fitting) == 1 and len(fitting) > 2:
+        if room - len(fitting) == 1:
             # Leaves room for two: a place for one is a place for none.
             fitting.pop()
         # The text of a question that stands once gives its answer away.
