@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from .errors import SkipReason, SkipSample
 from .samples import ImagePart, Turn
@@ -20,6 +20,7 @@ from .sources import image_inside
 Fields = TypeVar("Fields")
 
 
+@runtime_checkable
 class Record(Protocol):
     """One record: a JSON object, a row of a parquet file, or the members of a tar that share a key."""
 
@@ -45,7 +46,19 @@ class Record(Protocol):
         ...
 
     def picture(self) -> ImagePart | None:
-        """The picture that lies in the record itself (a member of the tar), not yet read; None if there is none."""
+        """The first picture that lies in the record itself (a member of the tar), not yet read; None if there is none.
+
+        Raises:
+            SkipSample: if it is far larger than any picture.
+        """
+        ...
+
+    def pictures(self) -> list[ImagePart]:
+        """All pictures that lie in the record, in order; each page of a TIFF is one.
+
+        Raises:
+            SkipSample: if one is far larger than any picture.
+        """
         ...
 
 
