@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from .errors import SkipReason, SkipSample
 from .samples import ImagePart, Turn
@@ -20,6 +20,7 @@ from .sources import image_inside
 Fields = TypeVar("Fields")
 
 
+@runtime_checkable
 class Record(Protocol):
     """One record: a JSON object, a row of a parquet file, or the members of a tar that share a key."""
 
