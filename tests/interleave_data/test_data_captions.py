@@ -47,9 +47,8 @@ def shard(tmp_path):
 
 
 def tars(paths, caption: str = "txt") -> RecordSource:
-    settings: dict[str, str | int] = {"caption": caption}
-    reader = FORMATS["caption-tars"].reader(**settings)
-    return RecordSource([str(path) for path in paths], reader, name="pairs", settings=settings)
+    reader = FORMATS["caption-tars"].reader(caption=caption)
+    return RecordSource([str(path) for path in paths], reader, name="pairs", settings={"caption": caption})
 
 
 def skip_of(source, index=0) -> SkipSample:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from .formats import FORMATS
+from .formats import FORMATS, SETTINGS
 
 # Above this Pillow warns by itself on opening, before our own limit is looked at.
 _PILLOW_WARNS_ABOVE_PX = 89_478_485
@@ -85,6 +85,10 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Share of samples drawn from this source, relative to the other sources'."""
     caption: str = "txt"
     """For captions: where the caption stands, `txt` for the .txt member or `json:KEY` for a key of the record."""
+    granularity: int = 0
+    """For OCR and grounding captions: how exactly places are told, 0 for the least."""
+    floor: float = 4.0
+    """For VLFeedback: the lowest mean rating, of 1 to 5, that a preferred answer may have."""
     indexed_only: bool = False
     """Whether shards that have no index yet are left out, so that a run may start while they are being indexed."""
 
@@ -100,6 +104,10 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             nearest = get_close_matches(self.format, FORMATS, n=1, cutoff=0.4)
             advice = f"did you mean `{nearest[0]}`?" if nearest else "check its spelling"
             raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {self.format!r}; {advice}")
+        defaults = dict(zip(reversed(self.__struct_fields__), reversed(self.__struct_defaults__), strict=False))
+        for name in sorted(SETTINGS - set(FORMATS[self.format].settings)):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}: expected none for {self.format}, got {getattr(self, name)}; leave it out")
         if not 0 < self.ratio < float("inf"):
             raise ValueError(f"ratio: expected above 0 and finite, got {self.ratio}; leave the source out instead")
         if self.caption != "txt" and not re.fullmatch(r"json:.+", self.caption):

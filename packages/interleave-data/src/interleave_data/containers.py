@@ -33,6 +33,14 @@ _log = logging.getLogger(__name__)
 class ShardRecord(Record, Protocol):
     """A record, and what is known of its pictures besides."""
 
+    def pictures(self) -> list[ImagePart]:
+        """All pictures that lie in the record, in order; each page of a TIFF is one.
+
+        Raises:
+            SkipSample: if one is far larger than any picture.
+        """
+        ...
+
     def member(self, name: str) -> ImagePart | None:
         """The picture that lies in the record under this whole name; None if there is none.
 

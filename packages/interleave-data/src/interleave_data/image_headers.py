@@ -1,13 +1,11 @@
-"""What a picture's header says, without a pixel being decoded; and the pages of a TIFF, each as a picture."""
+"""What a picture's header says, without a pixel being decoded."""
 
 import warnings
-from dataclasses import dataclass
 from io import BytesIO
 
 from PIL import Image
 
 from .images import DECODE_ERRORS
-from .samples import SliceBytes
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION = 0x0112
@@ -35,30 +33,3 @@ def page_sizes(data: bytes) -> list[tuple[int, int]]:
         except (Image.DecompressionBombError, *DECODE_ERRORS):
             return sizes or [(0, 0)]
     return sizes
-
-
-@dataclass(frozen=True)
-class TiffPage(SliceBytes):
-    """Read a TIFF with one of its pages in front, which is the one that is decoded."""
-
-    page: int = 0
-
-    def __call__(self) -> bytes:
-        """Read the file and let its head point to the page.
-
-        Raises:
-            OSError: as `SliceBytes`, or there is no such page.
-            SkipSample: as `SliceBytes`.
-        """
-        data = super().__call__()
-        order = "little" if data[:2] == b"II" else "big"
-        # Of the two kinds of TIFF the later one has offsets of 8 bytes.
-        is_big = int.from_bytes(data[2:4], order) == 43
-        head, word, count, entry = (8, 8, 8, 20) if is_big else (4, 4, 2, 12)
-        place = head
-        for _ in range(self.page + 1):
-            offset = int.from_bytes(data[place : place + word], order)
-            if not 0 < offset <= len(data) - count:
-                raise OSError(f"expected page {self.page} of a TIFF, got fewer")
-            place = offset + count + entry * int.from_bytes(data[offset : offset + count], order)
-        return data[:head] + offset.to_bytes(word, order) + data[head + word :]

@@ -7,7 +7,7 @@ import os
 from .config import DataFile, DataFileError, SourceConfig
 from .containers import SUFFIXES, shard_kind
 from .errors import ShardError
-from .formats import FORMATS
+from .formats import FORMATS, Setting
 from .record_source import OnIndex, RecordSource
 from .sources import Source
 
@@ -34,11 +34,13 @@ def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIn
         ShardError: if a shard is cut or damaged, or has another size than was indexed.
     """
     layout = FORMATS[cfg.format]
-    settings: dict[str, str | int] = {name: getattr(cfg, name) for name in layout.settings}
+    settings: dict[str, Setting] = {name: getattr(cfg, name) for name in layout.settings}
     paths = shard_paths(cfg)
     if refused := [path for path in paths if shard_kind(path) not in layout.containers]:
         suffixes = ", ".join(suffix for suffix, kind in SUFFIXES.items() if kind in layout.containers)
         raise DataFileError(f"{cfg.name}: expected {suffixes} for {cfg.format}, got {refused[0]}; check `format`")
+    if "caption" in layout.settings and cfg.caption == "txt" and {shard_kind(path) for path in paths} != {"tar"}:
+        raise DataFileError(f'{cfg.name}: expected caption = "json:KEY" outside of tars, got "txt"; name the key')
     if cfg.image_root is not None and not os.path.isdir(cfg.image_root):
         raise DataFileError(f"{cfg.name}: expected a folder at {cfg.image_root}, got none; check `image_root`")
     try:

@@ -16,6 +16,7 @@ import numpy as np
 
 from .containers import Shard, ShardRecord, index_shard, open_shard, shard_kind
 from .errors import ShardError, SkipSample
+from .formats import Setting
 from .index_file import IndexHeader, Lengths, ShardIndex, fresh_header
 from .records import Body, Format, Images, PreferenceBody
 from .samples import ImagePart, PreferenceSample, Sample, Size
@@ -37,7 +38,7 @@ class RecordSource:
         *,
         name: str,
         image_root: str | None = None,
-        settings: Mapping[str, str | int] | None = None,
+        settings: Mapping[str, Setting] | None = None,
         lengths: str | None = None,
         indexed_only: bool = False,
         on_index: OnIndex | None = None,

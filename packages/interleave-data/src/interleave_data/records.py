@@ -53,14 +53,6 @@ class Record(Protocol):
         """
         ...
 
-    def pictures(self) -> list[ImagePart]:
-        """All pictures that lie in the record, in order; each page of a TIFF is one.
-
-        Raises:
-            SkipSample: if one is far larger than any picture.
-        """
-        ...
-
 
 @dataclass(frozen=True)
 class PreferenceBody:

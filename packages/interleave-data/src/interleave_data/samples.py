@@ -108,6 +108,8 @@ class ImagePart:
     open: bytes | Callable[[], bytes]
     key: str = ""
     """A cheap name that is the same for the same picture of the same source, for caches; empty if there is none."""
+    frame: int = 0
+    """Which frame of a file with several, such as a TIFF of pages."""
 
     def read(self, max_bytes: int | None = None) -> bytes:
         """Get the encoded bytes.
@@ -134,7 +136,7 @@ class ImagePart:
             SkipSample: if the file cannot be read or the gate refuses it.
         """
         limits = limits or ImageLimits()
-        return open_image(self.read(limits.max_bytes), limits)
+        return open_image(self.read(limits.max_bytes), limits, self.frame)
 
 
 Part = TextPart | ImagePart

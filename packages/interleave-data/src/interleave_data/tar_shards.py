@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ShardError, SkipReason, SkipSample
-from .image_headers import TiffPage, page_sizes
+from .image_headers import page_sizes
 from .index_file import ShardIndex
 from .samples import ImagePart, SliceBytes
 from .sources import printable
@@ -294,15 +294,13 @@ class TarRecord:
         return [name for name in self.members if _CODES[name[0]] >= _FIRST_PICTURE]
 
     def _part(self, name: _MemberName, page: int = 0) -> ImagePart:
-        span, sizes = self.members[name]
+        span = self.members[name].span
         if span.size > _MAX_MEMBER_BYTES:
             detail = f"expected a picture of at most {_MAX_MEMBER_BYTES} bytes, got {span.size}"
             raise SkipSample(SkipReason.TOO_MANY_BYTES, detail, self.where)
         number = "" if name[1] < 0 else f".{name[1]}"
-        key = f"{self.where}{number}.{name[0]}" + (f"#{page}" if len(sizes) > 1 else "")
-        if len(sizes) > 1:
-            span = TiffPage(span.path, span.offset, span.size, span.crc32, page)
-        return ImagePart(span, key=key)
+        key = f"{self.where}{number}.{name[0]}"
+        return ImagePart(span, key=f"{key}#{page}" if page else key, frame=page)
 
     def _read(self, suffix: str) -> bytes:
         stored = self.members.get((suffix, -1))
