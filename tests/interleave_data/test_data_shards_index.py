@@ -413,19 +413,41 @@ def test_progress_adds_up_to_the_shards(tmp_path):
     assert heard == {}
 
 
-def test_lengths_belong_to_a_fingerprint_and_a_state_of_the_shard(tmp_path):
+def measured(sample) -> Size:
+    """A stand-in for a processor: as many tokens as the caption has letters; one sample is refused."""
+    text = sample.turns[0].parts[-1].text
+    if text == "caption 11":
+        raise SkipSample(SkipReason.TOO_SMALL, "expected more")
+    return Size(len(text), int(text[-1]))
+
+
+def test_lengths_belong_to_a_fingerprint_a_format_and_a_state_of_the_shard(tmp_path):
     paths = [pair_shard(tmp_path / f"{n}.tar", seed=10 * n) for n in range(2)]
-    source = pairs(paths)
-    header = fresh_header(str(paths[1]))
-    assert header is not None
-    lengths = Lengths(np.array([17, -1, 5], np.int32), np.array([2, 0, 1], np.int32))
-    lengths.save(str(paths[1]), "abc", header.digest)
-    assert [source.size(n) for n in range(6)] == [None] * 6
-    assert [pairs(paths, lengths="abc").size(n) for n in range(6)] == [None, None, None, Size(17, 2), None, Size(5, 1)]
-    assert pairs(paths, lengths="abd").size(3) is None
+    steps = []
+    assert pairs(paths[1:]).measure("abc", measured, lambda: steps.append(1)) == 1
+    assert len(steps) == 3
+    expected = [None, None, None, Size(10, 0), None, Size(10, 2)]
+    assert [pairs(paths, lengths="abc").size(n) for n in range(6)] == expected
+    for other in ({}, {"lengths": "abd"}, {"lengths": "abc", "settings": {"caption": "json:x"}}):
+        reader = FORMATS["captions"].reader(caption="txt")
+        source = RecordSource([str(paths[1])], reader, name="pairs", **({"settings": {"caption": "txt"}} | other))
+        assert source.size(0) is None
+    # What is measured already is not measured again.
+    assert pairs(paths).measure("abc", measured, lambda: steps.append(1)) == 0
+    assert len(steps) == 6
     paths[1].write_bytes(paths[1].read_bytes().replace(b"caption 10", b"caption 77"))
     os.utime(paths[1], ns=(1, os.stat(paths[1]).st_mtime_ns + 10**9))
     assert pairs(paths, lengths="abc").size(3) is None
+
+
+def test_lengths_of_another_number_of_samples_are_refused(tmp_path):
+    path = str(pair_shard(tmp_path / "0.tar"))
+    pairs([path])
+    header = fresh_header(path)
+    assert header is not None
+    Lengths(np.array([1, 2], np.int32), np.array([1, 2], np.int32)).save(path, "abc", header.digest)
+    with pytest.raises(ShardError, match=r"0\.tar\.lengths-abc: expected a whole index"):
+        Lengths.load(path, "abc", header)
 
 
 def test_source_goes_to_workers_without_its_tables(tmp_path):

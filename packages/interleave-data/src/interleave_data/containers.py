@@ -1,6 +1,5 @@
 """What all containers have in common: a suffix, an index, and records by number."""
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -26,7 +25,6 @@ _SHARDS: dict[Kind, Callable[[str, str, ShardIndex], "Shard"]] = {
     "json": JsonShard,
     "parquet": ParquetShard,
 }
-_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -85,23 +83,16 @@ def make_index(path: str, on_bytes: Callable[[int], object] | None = None) -> Sh
     return _INDEXERS[kind](path, on_bytes)
 
 
-def index_shard(path: str, on_bytes: Callable[[int], object] | None = None) -> ShardIndex:
-    """Read a shard from end to end and write the index beside it, or only keep it where nothing can be written.
+def write_index(path: str, on_bytes: Callable[[int], object] | None = None) -> ShardIndex:
+    """Read a shard from end to end and write the index beside it.
 
     Raises:
         ShardError: as `make_index`.
-        OSError: if the shard cannot be read.
+        OSError: if the shard cannot be read, or its folder cannot be written to.
     """
     read_at_ns = os.stat(path).st_mtime_ns
     index = make_index(path, on_bytes)
-    try:
-        index.save(path, read_at_ns)
-    except OSError as error:
-        _log.warning(
-            "%s: expected to write an index beside it, got %s; it is kept in memory and made again on each start",
-            path,
-            error.strerror or error,
-        )
+    index.save(path, read_at_ns)
     return index
 
 

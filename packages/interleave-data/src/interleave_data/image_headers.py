@@ -19,6 +19,8 @@ def page_sizes(data: bytes) -> list[tuple[int, int]]:
     Only a TIFF has several; what moves counts by its first frame.
     """
     sizes: list[tuple[int, int]] = []
+    if not data:
+        return [(0, 0)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"PIL\.")
         try:

@@ -6,6 +6,7 @@ Opening reads the head of each shard's index and nothing else; tables are mapped
 the least used are let go. So neither time nor memory grows with the number of samples.
 """
 
+import logging
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from hashlib import sha256
 import msgspec
 import numpy as np
 
-from .containers import Shard, ShardRecord, index_shard, open_shard, shard_kind
+from .containers import Shard, ShardRecord, make_index, open_shard, shard_kind
 from .errors import ShardError, SkipSample
 from .formats import Setting
 from .index_file import IndexHeader, Lengths, ShardIndex, fresh_header
@@ -26,6 +27,7 @@ OnIndex = Callable[[str, int, int], object]
 """(shard, bytes done since the last call, bytes of the shard): progress of an index that is being made."""
 
 _MAX_OPEN_SHARDS = 64
+_log = logging.getLogger(__name__)
 
 
 class RecordSource:
@@ -45,8 +47,8 @@ class RecordSource:
     ) -> None:
         """Open the shards by their indexes; an index that is missing, or older than its shard, is made.
 
-        `settings` name the format and all that it depends on, for the fingerprint. `lengths` is the fingerprint under
-        which sizes were measured. With `indexed_only` a shard without an index is left out (`num_left_out`).
+        `settings` name the format and all that it depends on, for the fingerprint. `lengths` is the fingerprint of what
+        measured the samples (see `measure`). With `indexed_only` a shard without an index is left out (`num_left_out`).
 
         Raises:
             ShardError: if a shard is cut or damaged, or has another size than was indexed.
@@ -60,7 +62,7 @@ class RecordSource:
         """Shards without an index that were left out."""
         self._read = read
         self._settings = dict(settings or {})
-        self._lengths = lengths
+        self._lengths = None if lengths is None else _lengths_fingerprint(lengths, self._settings)
         folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
         self._image_root = os.path.commonpath(folders) if image_root is None else image_root
         self._paths: list[str] = []
@@ -86,9 +88,17 @@ class RecordSource:
 
     def _make_index(self, path: str, on_index: OnIndex | None) -> IndexHeader:
         shard_bytes = os.path.getsize(path)
-        index = index_shard(path, None if on_index is None else lambda done: on_index(path, done, shard_bytes))
-        if fresh_header(path) is None:
+        read_at_ns = os.stat(path).st_mtime_ns
+        index = make_index(path, None if on_index is None else lambda done: on_index(path, done, shard_bytes))
+        try:
+            index.save(path, read_at_ns)
+        except OSError as error:
             self._in_memory[len(self._paths)] = index
+            _log.warning(
+                "%s: expected to write an index beside it, got %s; it is kept in memory and made again on each start",
+                path,
+                error.strerror or error,
+            )
         return index.header
 
     @property
@@ -146,6 +156,31 @@ class RecordSource:
             return None
         return Size(int(lengths.tokens[row]), int(lengths.tiles[row]))
 
+    def measure(self, measured_by: str, measure: Callable[[AnySample], Size], on_sample: Callable[[], object]) -> int:
+        """Write the size of every sample beside its shard, where that has not been done; return how many are bad.
+
+        `measured_by` is the fingerprint of all that `measure` depends on; `on_sample` is called after each sample.
+
+        Raises:
+            ShardError: if a shard's index has been replaced.
+            OSError: if a folder cannot be written to.
+        """
+        fingerprint = _lengths_fingerprint(measured_by, self._settings)
+        num_bad = 0
+        first = 0
+        for path, header in zip(self._paths, self._headers, strict=True):
+            if Lengths.load(path, fingerprint, header) is None:
+                lengths = Lengths(np.full(header.num_samples, -1, np.int32), np.zeros(header.num_samples, np.int32))
+                for row in range(header.num_samples):
+                    try:
+                        lengths.tokens[row], lengths.tiles[row] = measure(self[first + row])
+                    except SkipSample:
+                        num_bad += 1
+                    on_sample()
+                lengths.save(path, fingerprint, header.digest)
+            first += header.num_samples
+        return num_bad
+
     def image_sizes(self, index: int) -> list[tuple[int, int]]:
         """(width, height) in pixels of the pictures that lie in the record, from the index; 0, 0 where it is unknown.
 
@@ -196,6 +231,11 @@ class RecordImages(Images):
         """
         found = self._record.member(reference) if isinstance(reference, str) else None
         return super().part(reference) if found is None else found
+
+
+def _lengths_fingerprint(measured_by: str, settings: Mapping[str, Setting]) -> str:
+    """Name the lengths of a shard: of the same records another format makes other samples."""
+    return sha256(msgspec.json.encode([measured_by, sorted(settings.items())])).hexdigest()[:16]
 
 
 def shard_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> str:
