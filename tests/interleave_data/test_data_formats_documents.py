@@ -56,7 +56,7 @@ def test_obelics_and_mint_html_in_reading_order(read, made_record, pictures, out
     turns = read(made_record(obelics()), pictures)
     picture = f"<{DIGEST[:2]}/{DIGEST}.png>"
     assert outline(turns) == [("document", ["A cat.\n\nIt sits.", picture, "It left.", "<a.png>"])]
-    assert turns[0].parts[1].decode().size == (3, 3)
+    assert Sample("x", "documents", turns).images()[0].decode().size == (3, 3)
 
 
 def test_obelics_row_with_bytes(made_record, pictures, picture_root):
@@ -150,8 +150,9 @@ def test_mint_pdf_bad_record(changes, member, reason, made_record, skip_of):
 
 def test_frame_that_is_not_there_is_a_broken_image(made_record, pictures):
     (turn,) = read_mint_pdf(made_record(mint(), tiff("red", "green")), pictures)
+    (missing, *_) = Sample("x", "scans", (turn,)).images()
     with pytest.raises(SkipSample, match="expected a frame 2") as caught:
-        turn.parts[0].decode()
+        missing.decode()
     assert caught.value.reason is SkipReason.BROKEN_IMAGE
 
 
