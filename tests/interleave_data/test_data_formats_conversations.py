@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from interleave_data import ImagePart, LlavaJson, SkipCounter, SkipLimits, SkipReason, SkipSample, TooManySkips
+from interleave_data import ImagePart, SkipCounter, SkipLimits, SkipReason, SkipSample, TooManySkips
+from interleave_data.formats.llava import read_llava
 from interleave_data.formats.mantis import read_mantis
 from interleave_data.formats.vlfeedback import vlfeedback
 from interleave_data.formats.vlguard import read_vlguard
@@ -92,8 +93,7 @@ def test_mantis_chat_reads_as_llava_does(shared_data, made_record):
     parts = [part for body in bodies for turn in body for part in turn.parts]
     num_pictures = sum(isinstance(part, ImagePart) for part in parts)
     assert (len(bodies), num_pictures, sum(map(len, bodies))) == (100, 377, 1964)
-    llava = LlavaJson(folder / "train.json")
-    assert bodies == [llava[index].turns for index in range(100)]
+    assert bodies == [read_llava(made_record(row), Images(str(folder))) for row in rows]
 
 
 SAFE_PAIRS = [

@@ -1,6 +1,7 @@
 """OBELICS, MINT-1T, MMC4 and plain text: records as published, and their turns written by hand."""
 
 import json
+import tarfile
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -10,18 +11,20 @@ import pytest
 from PIL import Image
 
 from interleave_data import (
+    DataFile,
     ImageLimits,
     ImagePart,
     InMemory,
-    ObelicsJsonl,
     Sample,
     SkipCounter,
     SkipLimits,
     SkipReason,
     SkipSample,
+    SourceConfig,
     Stream,
     TextPart,
     Turn,
+    open_sources,
 )
 from interleave_data.formats.documents import read_mint_html, read_mint_pdf, read_obelics
 from interleave_data.formats.mmc4 import read_mmc4
@@ -258,11 +261,28 @@ def test_two_hundred_pictures_are_all_there_unopened_and_the_cut_is_counted(made
     assert set(skips.by_reason()) == {"too_long"}
 
 
-def test_openstax_reads_as_before(shared_data, made_record):
+def test_openstax_documents_are_all_read_in_their_order(shared_data, made_record, outline):
     folder = shared_data / "openstax-physics"
-    lines = (folder / "documents.jsonl").read_text().splitlines()
-    bodies = [read_obelics(made_record(json.loads(line)), Images(str(folder))) for line in lines]
-    parts = [part for (turn,) in bodies for part in turn.parts]
-    assert (len(bodies), sum(isinstance(part, ImagePart) for part in parts)) == (70, 365)
-    before = ObelicsJsonl(folder / "documents.jsonl")
-    assert bodies == [before[index].turns for index in range(70)]
+    rows = [json.loads(line) for line in (folder / "documents.jsonl").read_text().splitlines()]
+    bodies = [outline(read_obelics(made_record(row), Images(str(folder)))) for row in rows]
+    assert bodies == [
+        [("document", [text or f"<{image}>" for image, text in zip(row["images"], row["texts"], strict=True)])]
+        for row in rows
+    ]
+    parts = [part for ((_, parts),) in bodies for part in parts]
+    assert (len(bodies), sum(part.startswith("<images/") for part in parts)) == (70, 365)
+
+
+def test_mint_pdf_from_a_tar(tmp_path):
+    scans = tiff("red", "green", "blue").open
+    assert isinstance(scans, bytes)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in [("k.json", json.dumps(mint()).encode()), ("k.tiff", scans)]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, BytesIO(data))
+    cfg = SourceConfig(name="mint", format="mint-pdf", path=str(tmp_path / "0.tar"))
+    (source,) = open_sources(DataFile(sources=(cfg,)))
+    images = source[0].images()
+    assert [image.decode().getpixel((0, 0)) for image in images] == [(0, 0, 255), (0, 128, 0), (0, 0, 255)]
+    assert len({image.key for image in images}) == 2

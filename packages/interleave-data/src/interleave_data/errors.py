@@ -16,6 +16,7 @@ class SkipReason(StrEnum):
 
     UNREADABLE_FILE = "unreadable_file"
     PATH_REFUSED = "path_refused"
+    CHECKSUM = "checksum"
     EMPTY_FILE = "empty_file"
     NOT_AN_IMAGE = "not_an_image"
     TOO_MANY_BYTES = "too_many_bytes"

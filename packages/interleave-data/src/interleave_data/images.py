@@ -16,7 +16,7 @@ from .config import ImageLimits
 from .errors import SkipReason, SkipSample
 
 # What Pillow's decoders and tag readers are known to raise on damaged files.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -56,7 +56,7 @@ def open_image(data: bytes, limits: ImageLimits | None = None, frame: int = 0) -
             try:
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image), image.format)
-            except _DECODE_ERRORS as error:
+            except DECODE_ERRORS as error:
                 raise SkipSample(SkipReason.BROKEN_IMAGE, f"{image.format}: {error}") from error
 
 
@@ -69,7 +69,7 @@ def _open_checked(data: bytes, limits: ImageLimits) -> Image.Image:
     except UnidentifiedImageError as error:
         expected = "/".join(limits.formats)
         raise SkipSample(SkipReason.NOT_AN_IMAGE, f"expected {expected}, got something else") from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise SkipSample(SkipReason.BROKEN_IMAGE, f"header: {error}") from error
     _check_size(image, limits)
     return image
@@ -81,7 +81,7 @@ def _seek(image: Image.Image, frame: int, limits: ImageLimits) -> None:
         return
     try:
         image.seek(frame)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise SkipSample(SkipReason.BROKEN_IMAGE, f"{image.format}: expected a frame {frame}, got {error}") from error
     _check_size(image, limits)
 

@@ -46,7 +46,11 @@ class Record(Protocol):
         ...
 
     def picture(self) -> ImagePart | None:
-        """The picture that lies in the record itself (a member of the tar), not yet read; None if there is none."""
+        """The first picture that lies in the record itself (a member of the tar), not yet read; None if there is none.
+
+        Raises:
+            SkipSample: if it is far larger than any picture.
+        """
         ...
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..llava import Speech, place_images
 from ..records import Images, Record
 from ..samples import Role, Turn
+from .llava import Speech, place_images
 from .pictures import picture_parts
 
 _ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}

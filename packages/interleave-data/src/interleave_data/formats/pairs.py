@@ -33,7 +33,7 @@ PairFormat = Callable[[Record, Images], tuple[Turn, ...]]
 """A `Format` of pairs, which are no preferences."""
 
 _PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "url", "image_url")
-# A literal costs a hundred times its size to parse. Real ones hold a few sentences.
+# Parsing takes up to 500 bytes a character (CPython 3.11). Real literals hold a few sentences.
 _MAX_LITERAL_CHARS = 1 << 16
 _OCR_GRANULARITIES = range(6)
 _GROUNDING_GRANULARITIES = range(3)
@@ -67,7 +67,7 @@ def caption_rows(caption: str = "caption", picture: str | None = None) -> PairFo
     columns = _PICTURE_COLUMNS if picture is None else (picture,)
 
     def read_caption_row(record: Record, images: Images) -> tuple[Turn, ...]:
-        row = record.decode(dict[str, Any])
+        row = cast("dict[str, Any]", record.decode(dict))
         text: object = row.get(caption)
         if not isinstance(text, str):
             got = type(text).__name__ if caption in row else f"the columns {', '.join(row)[:200]}"

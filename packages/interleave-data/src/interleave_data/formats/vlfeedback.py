@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..llava import IMAGE_MARK, Speech, place_images
 from ..records import Images, PreferenceBody, Record
+from .llava import IMAGE_MARK, Speech, place_images
 from .pictures import lone_picture
 
 DEFAULT_FLOOR = 4.0

@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..llava import Speech, place_images
 from ..records import Images, Record
 from ..samples import Turn
+from .llava import Speech, place_images
 from .pictures import lone_picture
 
 
