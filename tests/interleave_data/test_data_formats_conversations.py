@@ -4,7 +4,18 @@ import json
 
 import pytest
 
-from interleave_data import ImagePart, SkipCounter, SkipLimits, SkipReason, SkipSample, TooManySkips
+from interleave_data import (
+    DataFile,
+    ImagePart,
+    PreferenceSample,
+    SkipCounter,
+    SkipLimits,
+    SkipReason,
+    SkipSample,
+    SourceConfig,
+    TooManySkips,
+    open_sources,
+)
 from interleave_data.formats.llava import read_llava
 from interleave_data.formats.mantis import read_mantis
 from interleave_data.formats.vlfeedback import vlfeedback
@@ -261,3 +272,29 @@ def test_unwanted_samples_in_a_row_end_a_run():
     skips.skip("feedback", unwanted)
     with pytest.raises(TooManySkips, match="in a row"):
         skips.skip("feedback", unwanted)
+
+
+def test_rows_of_parquet_are_read_as_published(tmp_path, picture_root, outline):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    held = [{"bytes": (picture_root / name).read_bytes(), "path": name} for name in ("a.png", "b.png")]
+    tables = {
+        "vlfeedback": feedback(completions=columns(*ANSWERS)),
+        "mantis": mantis(images=held),
+        "captions": {"jpg": held[0]["bytes"], "text": "A cat."},
+        "obelics": {"images": [None, "a.png"], "texts": ["A cat.", None], "metadata": "[]"},
+    }
+    sources = []
+    for name, row in tables.items():
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
+        caption = "json:text" if name == "captions" else "txt"
+        path, root = str(tmp_path / f"{name}.parquet"), str(picture_root)
+        sources.append(SourceConfig(name=name, format=name, path=path, image_root=root, caption=caption))
+    opened = {source.name: source[0] for source in open_sources(DataFile(sources=tuple(sources)))}
+
+    pair = opened["vlfeedback"]
+    assert isinstance(pair, PreferenceSample)
+    assert (pair.chosen, pair.rejected, outline(pair.turns)[0][1][0]) == ("Best.", "Worst.", "<a.png>")
+    assert [part.decode().size for part in opened["mantis"].images()] == [(1, 1), (2, 2)]
+    assert [part.decode().size for part in opened["captions"].images()] == [(1, 1)]
+    assert outline(opened["obelics"].turns) == [("document", ["A cat.", "<a.png>"])]
