@@ -4,6 +4,7 @@ import json
 from hashlib import sha256
 
 import pytest
+from PIL import Image
 
 from interleave_data import ImagePart, SkipReason, TextPart
 from interleave_data.formats.pairs import caption_rows, grounding_captions, ocr_captions, read_kale
@@ -64,6 +65,15 @@ def test_member_of_the_tar_comes_before_an_address(made_record, pictures, outlin
     member = ImagePart(b"", key="0.tar:k.jpg")
     record = made_record({"caption": "A cat.", "url": "https://example.com/gone.jpg"}, member)
     assert outline(read_kale(record, pictures)) == pair("A cat.", "<0.tar:k.jpg>")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "tiff"])
+def test_picture_of_an_address_may_have_any_suffix(suffix, pictures, picture_root):
+    address = f"http://example.com/a picture?as={suffix}&of=[x]"
+    digest = sha256(address.encode()).hexdigest()
+    (picture_root / digest[:2]).mkdir(exist_ok=True)
+    Image.new("RGB", (4, 5)).save(picture_root / digest[:2] / f"{digest}.{suffix}")
+    assert pictures.part(address).decode().size == (4, 5)
 
 
 @pytest.mark.parametrize("read", [caption_rows(), read_kale])
