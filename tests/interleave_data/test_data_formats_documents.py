@@ -1,6 +1,7 @@
 """OBELICS, MINT-1T, MMC4 and plain text: records as published, and their turns written by hand."""
 
 import json
+import tarfile
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from interleave_data import (
+    DataFile,
     ImageLimits,
     ImagePart,
     InMemory,
@@ -18,9 +20,11 @@ from interleave_data import (
     SkipLimits,
     SkipReason,
     SkipSample,
+    SourceConfig,
     Stream,
     TextPart,
     Turn,
+    open_sources,
 )
 from interleave_data.formats.documents import read_mint_html, read_mint_pdf, read_obelics
 from interleave_data.formats.mmc4 import read_mmc4
@@ -55,7 +59,7 @@ def test_obelics_and_mint_html_in_reading_order(read, made_record, pictures, out
     turns = read(made_record(obelics()), pictures)
     picture = f"<{DIGEST[:2]}/{DIGEST}.png>"
     assert outline(turns) == [("document", ["A cat.\n\nIt sits.", picture, "It left.", "<a.png>"])]
-    assert turns[0].parts[1].decode().size == (3, 3)
+    assert Sample("x", "documents", turns).images()[0].decode().size == (3, 3)
 
 
 def test_obelics_row_with_bytes(made_record, pictures, picture_root):
@@ -149,8 +153,9 @@ def test_mint_pdf_bad_record(changes, member, reason, made_record, skip_of):
 
 def test_frame_that_is_not_there_is_a_broken_image(made_record, pictures):
     (turn,) = read_mint_pdf(made_record(mint(), tiff("red", "green")), pictures)
+    (missing, *_) = Sample("x", "scans", (turn,)).images()
     with pytest.raises(SkipSample, match="expected a frame 2") as caught:
-        turn.parts[0].decode()
+        missing.decode()
     assert caught.value.reason is SkipReason.BROKEN_IMAGE
 
 
@@ -256,9 +261,28 @@ def test_two_hundred_pictures_are_all_there_unopened_and_the_cut_is_counted(made
     assert set(skips.by_reason()) == {"too_long"}
 
 
-def test_openstax_reads_as_before(shared_data, made_record):
+def test_openstax_documents_are_all_read_in_their_order(shared_data, made_record, outline):
     folder = shared_data / "openstax-physics"
-    lines = (folder / "documents.jsonl").read_text().splitlines()
-    bodies = [read_obelics(made_record(json.loads(line)), Images(str(folder))) for line in lines]
-    parts = [part for (turn,) in bodies for part in turn.parts]
-    assert (len(bodies), sum(isinstance(part, ImagePart) for part in parts)) == (70, 365)
+    rows = [json.loads(line) for line in (folder / "documents.jsonl").read_text().splitlines()]
+    bodies = [outline(read_obelics(made_record(row), Images(str(folder)))) for row in rows]
+    assert bodies == [
+        [("document", [text or f"<{image}>" for image, text in zip(row["images"], row["texts"], strict=True)])]
+        for row in rows
+    ]
+    parts = [part for ((_, parts),) in bodies for part in parts]
+    assert (len(bodies), sum(part.startswith("<images/") for part in parts)) == (70, 365)
+
+
+def test_mint_pdf_from_a_tar(tmp_path):
+    scans = tiff("red", "green", "blue").open
+    assert isinstance(scans, bytes)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in [("k.json", json.dumps(mint()).encode()), ("k.tiff", scans)]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, BytesIO(data))
+    cfg = SourceConfig(name="mint", format="mint-pdf", path=str(tmp_path / "0.tar"))
+    (source,) = open_sources(DataFile(sources=(cfg,)))
+    images = source[0].images()
+    assert [image.decode().getpixel((0, 0)) for image in images] == [(0, 0, 255), (0, 128, 0), (0, 0, 255)]
+    assert len({image.key for image in images}) == 2

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..records import Body, Images, Record
+from ..records import Images, Record
 from ..samples import ImagePart, Part, TextPart, Turn
 from .pictures import picture_part
 
@@ -46,7 +46,7 @@ class _ScannedDocument(msgspec.Struct, frozen=True):
     image_metadata: list[_PlacedImage] | None = None
 
 
-def read_obelics(record: Record, images: Images) -> Body:
+def read_obelics(record: Record, images: Images) -> tuple[Turn, ...]:
     """OBELICS: rows of `images` (address or null), `texts` (text or null).
 
     Raises:
@@ -56,7 +56,7 @@ def read_obelics(record: Record, images: Images) -> Body:
     return _reading_order(document.images, document.texts, lambda image: picture_part(image, images))
 
 
-def read_mint_html(record: Record, images: Images) -> Body:
+def read_mint_html(record: Record, images: Images) -> tuple[Turn, ...]:
     """MINT-1T's HTML part: the same lists as OBELICS.
 
     Raises:
@@ -65,7 +65,7 @@ def read_mint_html(record: Record, images: Images) -> Body:
     return read_obelics(record, images)
 
 
-def read_mint_pdf(record: Record, images: Images) -> Body:
+def read_mint_pdf(record: Record, images: Images) -> tuple[Turn, ...]:
     """MINT-1T's PDF and ArXiv parts: pictures are frames of the tar's .tiff member.
 
     Raises:

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..records import Body, Images, Record
-from ..samples import Role
+from ..records import Images, Record
+from ..samples import Role, Turn
 from .llava import Speech, place_images
 from .pictures import picture_parts
 
@@ -30,7 +30,7 @@ class _Conversation(msgspec.Struct, frozen=True):
     images: Any = None
 
 
-def read_mantis(record: Record, images: Images) -> Body:
+def read_mantis(record: Record, images: Images) -> tuple[Turn, ...]:
     """Read one conversation.
 
     Raises:

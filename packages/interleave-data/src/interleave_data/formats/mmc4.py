@@ -13,7 +13,7 @@ Source: arXiv:2304.06939.
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..records import Body, Images, Record
+from ..records import Images, Record
 from ..samples import ImagePart, Part, TextPart, Turn
 from .pictures import picture_part
 
@@ -29,7 +29,7 @@ class _Document(msgspec.Struct, frozen=True):
     image_info: list[_MatchedImage]
 
 
-def read_mmc4(record: Record, images: Images) -> Body:
+def read_mmc4(record: Record, images: Images) -> tuple[Turn, ...]:
     """Read one document.
 
     Raises:

@@ -19,17 +19,21 @@ From memory, not confirmed: KALE's `url`, and its `cogvlm_caption`, the caption 
 import ast
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..records import Body, Format, Images, Record
+from ..records import Images, Record
 from ..samples import ImagePart, TextPart, Turn
 from .pictures import lone_picture
 
+PairFormat = Callable[[Record, Images], tuple[Turn, ...]]
+"""A `Format` of pairs, which are no preferences."""
+
 _PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "url", "image_url")
-# A literal costs a hundred times its size to parse. Real ones hold a few sentences.
+# Parsing takes up to 500 bytes a character (CPython 3.11). Real literals hold a few sentences.
 _MAX_LITERAL_CHARS = 1 << 16
 _OCR_GRANULARITIES = range(6)
 _GROUNDING_GRANULARITIES = range(3)
@@ -55,14 +59,14 @@ class _OcrCaption(msgspec.Struct, frozen=True):
     include_datacomp_raw_cap: bool = False
 
 
-def caption_rows(caption: str = "caption", picture: str | None = None) -> Format:
+def caption_rows(caption: str = "caption", picture: str | None = None) -> PairFormat:
     """A reader of rows with the caption in the column `caption` and the picture in the column `picture`.
 
     Without `picture`, the first of the usual columns that is set: image, jpg, jpeg, png, webp, url, image_url.
     """
     columns = _PICTURE_COLUMNS if picture is None else (picture,)
 
-    def read_caption_row(record: Record, images: Images) -> Body:
+    def read_caption_row(record: Record, images: Images) -> tuple[Turn, ...]:
         row = cast("dict[str, Any]", record.decode(dict))
         text: object = row.get(caption)
         if not isinstance(text, str):
@@ -73,7 +77,7 @@ def caption_rows(caption: str = "caption", picture: str | None = None) -> Format
     return read_caption_row
 
 
-def read_kale(record: Record, images: Images) -> Body:
+def read_kale(record: Record, images: Images) -> tuple[Turn, ...]:
     """BLIP3-KALE: the caption with knowledge added.
 
     Raises:
@@ -83,7 +87,7 @@ def read_kale(record: Record, images: Images) -> Body:
     return _pair(lone_picture(record, images, (row.image, row.url)), row.caption)
 
 
-def ocr_captions(granularity: int = 0) -> Format:
+def ocr_captions(granularity: int = 0) -> PairFormat:
     """A reader of BLIP3-OCR-200M: 0 text alone, 1 place, 2 and 3 rough and 4 exact position, 5 boxes in tags.
 
     Raises:
@@ -91,7 +95,7 @@ def ocr_captions(granularity: int = 0) -> Format:
     """
     _check(granularity, _OCR_GRANULARITIES)
 
-    def read_ocr_captions(record: Record, images: Images) -> Body:
+    def read_ocr_captions(record: Record, images: Images) -> tuple[Turn, ...]:
         row = record.decode(_CaptionsRow)
         try:
             captions = msgspec.json.decode(row.captions, type=list[_OcrCaption])
@@ -104,7 +108,7 @@ def ocr_captions(granularity: int = 0) -> Format:
     return read_ocr_captions
 
 
-def grounding_captions(granularity: int = 0) -> Format:
+def grounding_captions(granularity: int = 0) -> PairFormat:
     """A reader of BLIP3-GROUNDING-50M: 0 "in the center", 1 "starts at … and extends up to …", 2 boxes in tags.
 
     Raises:
@@ -112,7 +116,7 @@ def grounding_captions(granularity: int = 0) -> Format:
     """
     _check(granularity, _GROUNDING_GRANULARITIES)
 
-    def read_grounding_captions(record: Record, images: Images) -> Body:
+    def read_grounding_captions(record: Record, images: Images) -> tuple[Turn, ...]:
         row = record.decode(_CaptionsRow)
         captions = [_grounding_caption(entry) for entry in _literal_list(row.captions)]
         text = _choose({level: text for text, level, has_raw in captions if not has_raw}, granularity)

@@ -3,7 +3,7 @@
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..records import Body, Images, Record
+from ..records import Images, Record
 from ..samples import TextPart, Turn
 
 
@@ -11,7 +11,7 @@ class _Text(msgspec.Struct, frozen=True):
     text: str
 
 
-def read_text(record: Record, images: Images) -> Body:
+def read_text(record: Record, images: Images) -> tuple[Turn, ...]:
     """Read one text; it has no pictures.
 
     Raises:

@@ -13,13 +13,14 @@ own authors, would be several samples and are not made here.
 Source: arXiv:2312.10665.
 """
 
+from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..records import Body, Format, Images, PreferenceBody, Record
+from ..records import Images, PreferenceBody, Record
 from .llava import IMAGE_MARK, Speech, place_images
 from .pictures import lone_picture
 
@@ -48,10 +49,16 @@ class _Row(msgspec.Struct, frozen=True):
     image: Any = None
 
 
-def vlfeedback(floor: float = DEFAULT_FLOOR) -> Format:
-    """A reader that leaves out records whose best answer has a mean rating below `floor`."""
+def vlfeedback(floor: float = DEFAULT_FLOOR) -> Callable[[Record, Images], PreferenceBody]:
+    """A reader that leaves out records whose best answer has a mean rating below `floor`.
 
-    def read_vlfeedback(record: Record, images: Images) -> Body:
+    Raises:
+        ValueError: if the floor is no number to compare with.
+    """
+    if not isfinite(floor):
+        raise ValueError(f"floor: expected a finite number, got {floor}; 1 leaves no record out")
+
+    def read_vlfeedback(record: Record, images: Images) -> PreferenceBody:
         row = record.decode(_Row)
         if not row.prompt.strip():
             raise SkipSample(SkipReason.EMPTY_TEXT, "expected a prompt with some text, got none")
@@ -92,9 +99,9 @@ def _mean(annotations: dict[str, _Aspect | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _number(rating: str | float | None) -> float | None:
+def _number(rating: str | int | float | None) -> float | None:
     try:
         value = float(rating) if rating is not None else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return value if value is not None and isfinite(value) else None

@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..records import Body, Images, Record
+from ..records import Images, Record
+from ..samples import Turn
 from .llava import Speech, place_images
 from .pictures import lone_picture
 
@@ -32,7 +33,7 @@ class _Row(msgspec.Struct, frozen=True):
     image: Any = None
 
 
-def read_vlguard(record: Record, images: Images) -> Body:
+def read_vlguard(record: Record, images: Images) -> tuple[Turn, ...]:
     """Read one picture with its one or two pairs.
 
     Raises:
