@@ -24,15 +24,31 @@ from tqdm import tqdm
 
 from blip3_lite import load_model
 from eval_lite import EvalItem, predict
-from interleave_data import ImageLimits, ImagePart, LlavaJson, Sample, SkipSample, TextPart, Turn, open_image
+from interleave_data import (
+    ImageLimits,
+    ImagePart,
+    RecordSource,
+    Sample,
+    SkipSample,
+    SourceConfig,
+    TextPart,
+    Turn,
+    open_image,
+    open_source,
+)
 from vlm_metrics import exact_match, paired_difference
 
 Row = tuple[str, str, str]
 """(image, question, answer)"""
 
 
+def questions(file: Path, image_root: Path) -> RecordSource:
+    """The records of a file in LLaVA's layout."""
+    return open_source(SourceConfig(name="questions", format="llava-json", path=str(file), image_root=str(image_root)))
+
+
 def usable_samples(
-    source: LlavaJson, name_image: Callable[[ImagePart], str]
+    source: RecordSource, name_image: Callable[[ImagePart], str]
 ) -> tuple[list[tuple[Sample, str]], Counter[str]]:
     """Each sample that shows exactly one image, with the image's name; and how many were left out, by reason.
 
@@ -44,7 +60,7 @@ def usable_samples(
         try:
             sample = source[index]
             images = sample.images()
-            if len(images) == 1:
+            if len(images) == 1 and isinstance(sample, Sample):
                 found.append((sample, name_image(images[0])))
             else:
                 left_out["several images" if images else "no image"] += 1
@@ -125,7 +141,7 @@ def llava_record(name: str, row: Row, image: str) -> dict[str, object]:
 
 def split(args: argparse.Namespace) -> None:
     """Write right.json, shuffled.json and their data files."""
-    source = LlavaJson(args.file, image_root=args.image_root)
+    source = questions(args.file, args.image_root)
     samples, left_out = usable_samples(source, lambda image: image.key)
     _print_left_out(left_out, len(source))
     rows = ambiguous_rows(question_rows(samples), args.num, args.seed)
@@ -173,7 +189,7 @@ def other_images(samples: Sequence[tuple[Sample, str]], seed: int) -> list[Image
 def compare(args: argparse.Namespace) -> None:
     """Print accuracy with right and with shuffled images, and their paired difference."""
     loaded = load_model(args.checkpoint)
-    source = LlavaJson(args.file, image_root=args.image_root)
+    source = questions(args.file, args.image_root)
     samples, left_out = usable_samples(source, lambda image: image_digest(image, loaded.processor.limits))
     _print_left_out(left_out, len(source))
     others = other_images(samples, args.seed)

@@ -4,11 +4,10 @@ import sys
 import pytest
 
 from interleave_data import (
-    CaptionTars,
     DataFileError,
-    LlavaJson,
-    ObelicsJsonl,
-    PreferenceJsonl,
+    PreferenceSample,
+    RecordSource,
+    Sample,
     ShardError,
     SkipLimits,
     SourceConfig,
@@ -56,7 +55,7 @@ def test_data_file_opens_its_sources(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     data_file = load_data_file(write(tmp_path, WHOLE))
     sources = open_sources(data_file)
-    assert [type(source) for source in sources] == [LlavaJson, ObelicsJsonl, PreferenceJsonl]
+    assert [type(source[0]) for source in sources] == [Sample, Sample, PreferenceSample]
     assert [source.name for source in sources] == ["chat", "docs", "pairs"]
     assert [source.ratio for source in data_file.sources] == [3, 1, 1]
     assert data_file.image_limits.max_pixels == 1000
@@ -66,10 +65,12 @@ def test_data_file_opens_its_sources(tmp_path):
 
 
 def test_caption_shards_by_pattern_in_order(shared_data, tmp_path):
-    pattern = shared_data.resolve() / "captions" / "*.tar"
-    text = f'[[sources]]\nname = "c"\nformat = "caption-tars"\npath = "{pattern}"\ncaption = "json:alt"\n'
+    # Indexes are written beside shards, and the data are not ours.
+    for shard in (shared_data / "captions").glob("*.tar"):
+        (tmp_path / shard.name).symlink_to(shard)
+    text = '[[sources]]\nname = "c"\nformat = "caption-tars"\npath = "*.tar"\ncaption = "json:alt"\n'
     (source,) = open_sources(load_data_file(write(tmp_path, text)))
-    assert isinstance(source, CaptionTars)
+    assert isinstance(source, RecordSource)
     assert len(source) == 450
     assert source[0].id.startswith("000000.tar")
 
@@ -83,7 +84,7 @@ def test_caption_shards_by_pattern_in_order(shared_data, tmp_path):
         (("max_share", "zzz"), "known keys are max_share, max_consecutive, min_seen"),
         (("ratio = 3", 'ratio = "3"'), r"Expected `float`, got `str` - at `\$\.sources\[0\]\.ratio`"),
         (("ratio = 3", "ratio = 0"), "ratio: expected above 0"),
-        (("llava-json", "llava"), "Invalid enum value 'llava'"),
+        (("llava-json", "llava"), "format: expected one of .*, got 'llava'; did you mean `llava-json`"),
         (('name = "docs"', 'name = "chat"'), "sources: expected each name once, got chat"),
         (('name = "docs"', 'name = ""'), "name: expected some text"),
         (('path = "docs.jsonl"', ""), "missing required field `path`"),
@@ -112,8 +113,9 @@ def test_empty_and_absent_and_undecodable_data_files(tmp_path):
 @pytest.mark.parametrize(
     ("fmt", "content", "more", "match"),
     [
-        ("llava-json", None, "", r"s: expected a file at .*data\.x, got none; check `path`"),
+        ("llava-json", None, "", r"s: expected a file at .*data\.json, got none; check `path`"),
         ("caption-tars", None, "", "s: expected a file at"),
+        ("caption-tars", "[1]", "", r"s: expected \.tar for caption-tars, got .*data\.json; check `format`"),
         ("llava-json", "[]", "", "s: expected at least one sample"),
         ("llava-json", "[1", "", "s: .*expected a JSON array"),
         ("llava-json", "[1]", 'image_root = "absent"', "s: expected a folder at .*check `image_root`"),
@@ -122,18 +124,28 @@ def test_empty_and_absent_and_undecodable_data_files(tmp_path):
 )
 def test_sources_that_do_not_open_are_named(tmp_path, fmt, content, more, match):
     if content is not None:
-        (tmp_path / "data.x").write_text(content)
-    path = write(tmp_path, f'[[sources]]\nname = "s"\nformat = "{fmt}"\npath = "data.x"\n{more}\n')
-    with pytest.raises(DataFileError, match=match):
+        (tmp_path / "data.json").write_text(content)
+    path = write(tmp_path, f'[[sources]]\nname = "s"\nformat = "{fmt}"\npath = "data.json"\n{more}\n')
+    with pytest.raises((DataFileError, ShardError), match=match):
         open_sources(load_data_file(path))
 
 
-def test_several_matches_for_one_file_are_refused(tmp_path):
-    for name in ("a.json", "b.json"):
-        (tmp_path / name).write_text("[1]")
-    path = write(tmp_path, '[[sources]]\nname = "s"\nformat = "llava-json"\npath = "*.json"\n')
-    with pytest.raises(DataFileError, match=r"expected one file at .* got 2 matches"):
+def test_file_that_is_no_shard_by_its_suffix_is_refused(tmp_path):
+    (tmp_path / "data.pkl").write_text("[1]")
+    path = write(tmp_path, '[[sources]]\nname = "s"\nformat = "llava-json"\npath = "data.pkl"\n')
+    with pytest.raises(DataFileError, match=r"s: expected one of \.tar, \.json, \.jsonl, \.parquet, got .*data\.pkl"):
         open_sources(load_data_file(path))
+
+
+def test_pattern_takes_shards_of_any_container_and_nothing_else(tmp_path):
+    record = '{"question": "a", "answer": "b"}'
+    (tmp_path / "b.json").write_text(f"[{record}]")
+    (tmp_path / "a.jsonl").write_text(f"{record}\n{record}\n")
+    (tmp_path / "README").write_text("not data")
+    path = write(tmp_path, '[[sources]]\nname = "s"\nformat = "llava-json"\npath = "*"\n')
+    for _ in range(2):  # the second time there are indexes too
+        (source,) = open_sources(load_data_file(path))
+        assert [source[index].id for index in range(len(source))] == ["a.jsonl:0", "a.jsonl:1", "b.json:0"]
 
 
 def test_damaged_shard_is_an_error_on_opening(tmp_path):

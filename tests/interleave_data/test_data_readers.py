@@ -8,18 +8,21 @@ from PIL import Image
 from interleave_data import (
     ImagePart,
     InMemory,
-    LlavaJson,
-    ObelicsJsonl,
-    PreferenceJsonl,
+    RecordSource,
     Sample,
+    ShardError,
     SkipReason,
     SkipSample,
     Source,
+    SourceConfig,
     TextPart,
     Turn,
+    open_source,
     samples_digest,
 )
-from interleave_data.sources import RecordFile, path_inside
+from interleave_data.containers import make_index
+from interleave_data.json_shards import JsonShard
+from interleave_data.sources import path_inside
 
 
 @pytest.fixture
@@ -32,10 +35,16 @@ def root(tmp_path):
     return folder
 
 
-def llava(root, *records, lines=False) -> LlavaJson:
-    path = root.parent / "data.json"
-    path.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(list(records), indent=1))
-    return LlavaJson(path, image_root=root, name="chat")
+def opened(path, fmt: str, text: str, root=None, name: str = "s") -> RecordSource:
+    """A source of a file that is written now, whatever was there before."""
+    path.write_text(text)
+    path.with_name(f"{path.name}.index").unlink(missing_ok=True)
+    return open_source(SourceConfig(name=name, format=fmt, path=str(path), image_root=root and str(root)))
+
+
+def llava(root, *records, lines=False) -> RecordSource:
+    text = "\n".join(map(json.dumps, records)) if lines else json.dumps(list(records), indent=1)
+    return opened(root.parent / "data.json", "llava-json", text, root, "chat")
 
 
 def talk(*values, **more) -> dict:
@@ -65,7 +74,7 @@ def test_llava_single_image_in_place(root):
         ("user", ["Sure?"]),
         ("assistant", ["Yes."]),
     ]
-    assert (source[0].id, source[0].source) == ("7#0", "chat")
+    assert (source[0].id, source[0].source) == ("data.json:0", "chat")
     assert source[0].images()[0].decode().size == (1, 1)
 
 
@@ -133,7 +142,7 @@ def test_llava_other_spellings_read_the_same(root, lines):
 
 def test_llava_question_with_answer(root):
     source = llava(root, {"question_id": "q1", "image": "a.png", "question": "What?", "answer": "dot"})
-    assert source[0].id == "q1#0"
+    assert source[0].id == "data.json:0"
     assert outline(source[0]) == [("user", ["<a.png>", "What?"]), ("assistant", ["dot"])]
 
 
@@ -184,8 +193,8 @@ def test_missing_picture_is_noticed_when_it_is_read(root):
 
 def test_broken_line_spoils_only_itself(root):
     path = root.parent / "data.jsonl"
-    path.write_text('{"question": "a", "answer": "b"}\n\n{"question": "a", "ans\n{"question": "a", "answer": "c"}')
-    source = LlavaJson(path)
+    text = '{"question": "a", "answer": "b"}\n\n{"question": "a", "ans\n{"question": "a", "answer": "c"}'
+    source = opened(path, "llava-json", text)
     assert len(source) == 3
     assert skip_of(source, 1).reason == SkipReason.BAD_RECORD
     assert outline(source[2])[1] == ("assistant", ["c"])
@@ -193,50 +202,49 @@ def test_broken_line_spoils_only_itself(root):
 
 @pytest.mark.parametrize("text", ["", "[", '[{"a": 1}, {"a"', '[{"a": 1} {"a": 2}]', "[1, 2,", "[1]x"])
 def test_broken_array_is_an_error_on_opening(tmp_path, text):
-    path = tmp_path / "data.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"data\.json: expected a JSON array"):
-        LlavaJson(path)
+    with pytest.raises(ShardError, match=r"s: .*data\.json: expected a JSON array"):
+        opened(tmp_path / "data.json", "llava-json", text)
+
+
+def records_of(path) -> JsonShard:
+    return JsonShard(str(path), path.name, make_index(str(path)))
 
 
 @pytest.mark.parametrize("separator", [",", ", ", " ,\n\t", "\r\n,"])
-def test_record_file_finds_records_between_any_separators(tmp_path, separator):
+def test_json_shard_finds_records_between_any_separators(tmp_path, separator):
     records = [{"a": "é,]"}, [1, ","], "x, y", 5, None, {}, {"deep": [{"b": '}\\"'}]}]
     path = tmp_path / "data.json"
     path.write_text(f" \n[ {separator.join(json.dumps(r, ensure_ascii=False) for r in records)}\n] \n")
-    file = RecordFile(path)
-    assert [file.decode(index, object) for index in range(len(file))] == records
+    file = records_of(path)
+    assert [file.record(row).decode(object) for row in range(len(file))] == records
 
 
-def test_record_file_reads_lines_with_any_ending(tmp_path):
+def test_json_shard_reads_lines_with_any_ending(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}\n{"a": 3}')
-    file = RecordFile(path)
-    assert [file.decode(index, dict)["a"] for index in range(len(file))] == [1, 2, 3]
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n' + b" " * 300 + b'\n{"a": 2}\n' + b" " * 300 + b'{"a": 3}')
+    file = records_of(path)
+    assert [file.record(row).decode(dict)["a"] for row in range(len(file))] == [1, 2, 3]
 
 
-def test_record_file_that_shrank_is_a_skip(tmp_path):
+def test_json_shard_that_shrank_while_it_is_read_is_a_skip(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n')
-    file = RecordFile(path)
+    file = records_of(path)
     path.write_text('{"a": 1}\n')
     with pytest.raises(SkipSample, match="unreadable_file"):
-        file.decode(1, object)
+        file.record(1).decode(object)
 
 
-def obelics(root, record) -> ObelicsJsonl:
-    path = root.parent / "documents.jsonl"
-    path.write_text(json.dumps(record) + "\n")
-    return ObelicsJsonl(path, image_root=root, name="docs")
+def obelics(root, record) -> RecordSource:
+    return opened(root.parent / "documents.jsonl", "obelics-jsonl", json.dumps(record) + "\n", root, "docs")
 
 
 def test_obelics_document_in_reading_order(root):
     record = {"images": ["a.png", None, None, "b.png", None], "texts": [None, "One.", "", None, "Two."]}
-    source = obelics(root, record | {"general_metadata": '{"id": "d7", "url": "x"}', "metadata": None})
-    assert source[0].id == "d7#0"
-    assert outline(source[0]) == [("document", ["<a.png>", "One.", "<b.png>", "Two."])]
-    assert obelics(root, record)[0].id == "docs:0"
-    assert obelics(root, record | {"general_metadata": "[broken"})[0].id == "docs:0"
+    for more in ({"general_metadata": '{"id": "d7"}', "metadata": None}, {}, {"general_metadata": "[broken"}):
+        sample = obelics(root, record | more)[0]
+        assert sample.id == "documents.jsonl:0"
+        assert outline(sample) == [("document", ["<a.png>", "One.", "<b.png>", "Two."])]
 
 
 @pytest.mark.parametrize(
@@ -255,15 +263,13 @@ def test_obelics_bad_records_are_skipped_with_a_reason(root, record, reason):
     assert skip_of(obelics(root, record)).reason == reason
 
 
-def preferences(root, **record) -> PreferenceJsonl:
-    path = root.parent / "pairs.jsonl"
-    path.write_text(json.dumps(record) + "\n")
-    return PreferenceJsonl(path, image_root=root, name="pairs")
+def preferences(root, **record) -> RecordSource:
+    return opened(root.parent / "pairs.jsonl", "preference-jsonl", json.dumps(record) + "\n", root, "pairs")
 
 
 def test_preferences_pair(root):
     pair = preferences(root, id=3, image="a.png", question="What?", chosen="A dot.", rejected="A cat.")[0]
-    assert (pair.id, pair.source, pair.chosen, pair.rejected) == ("3#0", "pairs", "A dot.", "A cat.")
+    assert (pair.id, pair.source, pair.chosen, pair.rejected) == ("pairs.jsonl:0", "pairs", "A dot.", "A cat.")
     assert outline(pair) == [("user", ["<a.png>", "What?"])]
     pair = preferences(root, images=["a.png", "b.png"], prompt="<image>, <image>?", chosen="x", rejected="y")[0]
     assert outline(pair) == [("user", ["<a.png>", ", ", "<b.png>", "?"])]
@@ -287,36 +293,21 @@ def test_preferences_bad_pairs_are_skipped_with_a_reason(root, change, reason):
     assert skip_of(preferences(root, **record)).reason == reason
 
 
-def test_records_that_give_one_id_have_ids_of_their_own(root):
+def test_records_have_ids_of_their_own_whatever_they_call_themselves(root):
     chat = llava(root, talk("a", "b", id=1), talk("c", "d", id="1"), talk("e", "f"), lines=True)
-    assert [chat[index].id for index in range(3)] == ["1#0", "1#1", "chat:2"]
-    path = root.parent / "same.jsonl"
-    path.write_text('{"id": "x", "images": [null], "texts": ["a"]}\n' * 2)
-    assert [ObelicsJsonl(path)[index].id for index in range(2)] == ["x#0", "x#1"]
-    path.write_text('{"id": "x", "prompt": "a?", "chosen": "b", "rejected": "c"}\n' * 2)
-    assert [PreferenceJsonl(path)[index].id for index in range(2)] == ["x#0", "x#1"]
+    assert [chat[index].id for index in range(3)] == ["data.json:0", "data.json:1", "data.json:2"]
 
 
 def test_records_nested_too_deeply_spoil_only_themselves(root):
     deep = "[" * 100_000 + "]" * 100_000
     path = root.parent / "deep.jsonl"
-    path.write_text(f'{{"question": "a", "answer": "b"}}\n{{"id": {deep}}}\n{{"question": "a", "answer": "c"}}\n')
-    source = LlavaJson(path)
+    text = f'{{"question": "a", "answer": "b"}}\n{{"id": {deep}}}\n{{"question": "a", "answer": "c"}}\n'
+    source = opened(path, "llava-json", text)
     assert skip_of(source, 1).reason == SkipReason.BAD_RECORD
     assert outline(source[2])[1] == ("assistant", ["c"])
-    path.write_text(f"[{deep}]")
-    with pytest.raises(ValueError, match=r"deep\.jsonl: expected a JSON array"):
-        LlavaJson(path)
-    assert obelics(root, {"images": [None], "texts": ["a"], "general_metadata": deep})[0].id == "docs:0"
-
-
-def test_fingerprint_tells_sizes_and_names_and_not_folders(root):
-    first = llava(root, talk("a", "b")).fingerprint
-    assert llava(root, talk("a", "c")).fingerprint == first
-    assert llava(root, talk("a", "bb")).fingerprint != first
-    moved = root / "data.json"
-    moved.write_text((root.parent / "data.json").read_text())
-    assert LlavaJson(moved).fingerprint == LlavaJson(root.parent / "data.json").fingerprint
+    with pytest.raises(ShardError, match=r"deep\.jsonl: expected a JSON array"):
+        opened(path, "llava-json", f"[{deep}]")
+    assert outline(obelics(root, {"images": [None], "texts": ["a"], "general_metadata": deep})[0])
 
 
 def test_in_memory_source():

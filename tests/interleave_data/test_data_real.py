@@ -6,36 +6,62 @@ from itertools import islice
 
 import pytest
 
-from interleave_data import CaptionTars, ImagePart, LlavaJson, ObelicsJsonl, SkipCounter, SkipLimits, Stream, TextPart
+from interleave_data import (
+    ImagePart,
+    RecordSource,
+    SkipCounter,
+    SkipLimits,
+    SourceConfig,
+    Stream,
+    TextPart,
+    open_source,
+)
+
+
+@pytest.fixture
+def real(shared_data, tmp_path):
+    """(pattern, format) → a source of the sample data; its indexes lie elsewhere, as the data are not ours."""
+
+    def of(pattern: str, fmt: str, caption: str = "txt") -> RecordSource:
+        folder = shared_data / pattern.split("/")[0]
+        for path in shared_data.glob(pattern):
+            link = tmp_path / path.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.resolve())
+        where = str(tmp_path / pattern.split("/")[1])
+        cfg = SourceConfig(name=folder.name, format=fmt, path=where, image_root=str(folder), caption=caption)
+        return open_source(cfg)
+
+    return of
 
 
 def num_images(source) -> int:
     return sum(len(source[index].images()) for index in range(len(source)))
 
 
-def test_daquar(shared_data):
-    source = LlavaJson(shared_data / "daquar" / "train.json", name="daquar")
+def test_daquar(real):
+    source = real("daquar/train.json", "llava-json")
     samples = [source[index] for index in range(len(source))]
     assert (len(samples), sum(len(sample.images()) for sample in samples)) == (500, 500)
     assert sum(turn.role == "assistant" for sample in samples for turn in sample.turns) == 3406
     assert all(isinstance(sample.turns[0].parts[0], ImagePart) for sample in samples)
     assert len({sample.id for sample in samples}) == 500
     assert samples[0].turns[0].parts[1] == TextPart("what is under the stove")
-    held_out = LlavaJson(shared_data / "daquar" / "eval.json")
+    held_out = real("daquar/eval.json", "llava-json")
     assert len(held_out) == 258
     assert held_out[0].turns[1].parts == (TextPart("5"),)
     assert held_out[0].images()[0].decode().mode == "RGB"
 
 
-def test_mantis(shared_data):
-    source = LlavaJson(shared_data / "mantis-chat" / "train.json", name="mantis")
+def test_mantis(real):
+    source = real("mantis-chat/train.json", "llava-json")
     assert (len(source), num_images(source)) == (100, 377)
     assert sum(len(source[index].turns) for index in range(100)) == 1964
     assert {part.decode().mode for part in source[7].images()} == {"RGB"}
 
 
-def test_openstax(shared_data):
-    source = ObelicsJsonl(shared_data / "openstax-physics" / "documents.jsonl", name="physics")
+def test_openstax(real):
+    source = real("openstax-physics/documents.jsonl", "obelics-jsonl")
     assert (len(source), num_images(source)) == (70, 365)
     document = source[0].turns[0]
     assert document.role == "document"
@@ -47,9 +73,8 @@ def test_openstax(shared_data):
 
 
 @pytest.mark.parametrize("caption", ["txt", "json:alt"])
-def test_captions(shared_data, caption):
-    shards = sorted((shared_data / "captions").glob("*.tar"))
-    source = CaptionTars(shards, caption=caption)
+def test_captions(real, caption):
+    source = real("captions/*.tar", "caption-tars", caption)
     assert (len(source), num_images(source)) == (450, 450)
     assert {source[index].images()[0].decode().mode for index in (0, 149, 150, 449)} == {"RGB"}
     assert len({source[index].id for index in range(450)}) == 450
@@ -77,12 +102,12 @@ def encode(sample) -> Encoded:
     return Encoded(sum(len(text) // 4 + 1 for text in texts) + 8 * len(sample.images()))
 
 
-def test_real_sources_mixed_packed_and_continued(shared_data):
+def test_real_sources_mixed_packed_and_continued(real):
     def stream():
         sources = [
-            LlavaJson(shared_data / "daquar" / "train.json", name="daquar"),
-            ObelicsJsonl(shared_data / "openstax-physics" / "documents.jsonl", name="physics"),
-            CaptionTars(sorted((shared_data / "captions").glob("*.tar"))),
+            real("daquar/train.json", "llava-json"),
+            real("openstax-physics/documents.jsonl", "obelics-jsonl"),
+            real("captions/*.tar", "caption-tars"),
         ]
         skips = SkipCounter(SkipLimits(max_share=0.5))
         return Stream(sources, encode, ratios=[2, 1, 3], max_tokens=4096, look_ahead=12, skips=skips)

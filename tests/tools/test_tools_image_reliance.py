@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from interleave_data import ImageLimits, LlavaJson
+from interleave_data import ImageLimits
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_comparison_gives_each_question_a_different_image(tool, tmp_path: Path) 
         {"image": ["a.png", "b.png"], "question": "<image><image>same?", "answer": "no"},
     ]
     (tmp_path / "eval.json").write_text(json.dumps(records))
-    source = LlavaJson(tmp_path / "eval.json")
+    source = tool.questions(tmp_path / "eval.json", tmp_path)
     samples, left_out = tool.usable_samples(source, lambda image: tool.image_digest(image, ImageLimits()))
     assert [sample.images()[0].key for sample, _ in samples] == [f"{name}.png" for name in names[:5]]
     assert left_out == {"not_an_image": 1, "unreadable_file": 1, "image_marks": 1, "no image": 1, "several images": 1}
@@ -113,7 +113,7 @@ def test_comparison_gives_each_question_a_different_image(tool, tmp_path: Path) 
 def test_comparison_needs_two_different_images(tool, tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "eval.json").write_text(json.dumps([_record("a.png", "what?", "one")] * 2))
-    source = LlavaJson(tmp_path / "eval.json")
+    source = tool.questions(tmp_path / "eval.json", tmp_path)
     samples, _ = tool.usable_samples(source, lambda image: tool.image_digest(image, ImageLimits()))
     with pytest.raises(ValueError, match="images: expected at least two different ones, got 1"):
         tool.other_images(samples, 0)

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .captions import CaptionTars as CaptionTars
     from .config import DataFile as DataFile
     from .config import DataFileError as DataFileError
     from .config import ImageLimits as ImageLimits
@@ -16,14 +15,14 @@ if TYPE_CHECKING:
     from .errors import SkipSample as SkipSample
     from .errors import TooManySkips as TooManySkips
     from .images import open_image as open_image
-    from .llava import LlavaJson as LlavaJson
-    from .obelics import ObelicsJsonl as ObelicsJsonl
+    from .opening import open_source as open_source
     from .opening import open_sources as open_sources
     from .order import EpochOrder as EpochOrder
     from .order import Mixture as Mixture
     from .packing import Packer as Packer
     from .packing import pack as pack
-    from .preferences import PreferenceJsonl as PreferenceJsonl
+    from .record_source import RecordSource as RecordSource
+    from .record_source import shard_changes as shard_changes
     from .samples import FileBytes as FileBytes
     from .samples import ImagePart as ImagePart
     from .samples import Part as Part
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
-    "CaptionTars",
     "DataFile",
     "DataFileError",
     "EpochOrder",
@@ -48,13 +46,11 @@ __all__ = [
     "ImageLimits",
     "ImagePart",
     "InMemory",
-    "LlavaJson",
     "Mixture",
-    "ObelicsJsonl",
     "Packer",
     "Part",
-    "PreferenceJsonl",
     "PreferenceSample",
+    "RecordSource",
     "Role",
     "Sample",
     "ShardError",
@@ -70,13 +66,14 @@ __all__ = [
     "Turn",
     "load_data_file",
     "open_image",
+    "open_source",
     "open_sources",
     "pack",
     "samples_digest",
+    "shard_changes",
 ]
 _HOMES = {
     "Batch": "stream",
-    "CaptionTars": "captions",
     "DataFile": "config",
     "DataFileError": "config",
     "EpochOrder": "order",
@@ -84,13 +81,11 @@ _HOMES = {
     "ImageLimits": "config",
     "ImagePart": "samples",
     "InMemory": "sources",
-    "LlavaJson": "llava",
     "Mixture": "order",
-    "ObelicsJsonl": "obelics",
     "Packer": "packing",
     "Part": "samples",
-    "PreferenceJsonl": "preferences",
     "PreferenceSample": "samples",
+    "RecordSource": "record_source",
     "Role": "samples",
     "Sample": "samples",
     "ShardError": "errors",
@@ -106,9 +101,11 @@ _HOMES = {
     "Turn": "samples",
     "load_data_file": "config",
     "open_image": "images",
+    "open_source": "opening",
     "open_sources": "opening",
     "pack": "packing",
     "samples_digest": "samples",
+    "shard_changes": "record_source",
 }
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from .formats import FORMATS, SETTINGS
+
 # Above this Pillow warns by itself on opening, before our own limit is looked at.
 _PILLOW_WARNS_ABOVE_PX = 89_478_485
 
@@ -73,16 +75,22 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     name: str
     """What the source is called in logs, counters and sample ids; unique in the file."""
-    format: Literal["llava-json", "obelics-jsonl", "caption-tars", "preference-jsonl"]
-    """How the files are laid out."""
+    format: str
+    """How the records are laid out, one of `formats.FORMATS`."""
     path: str
-    """The file to read; for `caption-tars` a glob pattern of shards."""
+    """The file to read, or a glob pattern of shards: .tar, .json, .jsonl or .parquet."""
     image_root: str | None = None
-    """Folder that image paths are relative to and may not leave; by default the folder of `path`."""
+    """Folder that image paths are relative to and may not leave; by default the folder that holds all shards."""
     ratio: float = 1.0
     """Share of samples drawn from this source, relative to the other sources'."""
     caption: str = "txt"
-    """For `caption-tars`: where the caption stands, `txt` for the .txt member or `json:KEY` for a key of the .json."""
+    """For captions: where the caption stands, `txt` for the .txt member or `json:KEY` for a key of the record."""
+    granularity: int = 0
+    """For OCR and grounding captions: how exactly places are told, 0 for the least."""
+    floor: float = 4.0
+    """For VLFeedback: the lowest mean rating, of 1 to 5, that a preferred answer may have."""
+    indexed_only: bool = False
+    """Whether shards that have no index yet are left out, so that a run may start while they are being indexed."""
 
     def __post_init__(self) -> None:
         """Refuse an unusable source.
@@ -92,6 +100,14 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """
         if not self.name:
             raise ValueError("name: expected some text, got none; name the source for logs and counters")
+        if self.format not in FORMATS:
+            nearest = get_close_matches(self.format, FORMATS, n=1, cutoff=0.4)
+            advice = f"did you mean `{nearest[0]}`?" if nearest else "check its spelling"
+            raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {self.format!r}; {advice}")
+        defaults = dict(zip(reversed(self.__struct_fields__), reversed(self.__struct_defaults__), strict=False))
+        for name in sorted(SETTINGS - set(FORMATS[self.format].settings)):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}: expected none for {self.format}, got {getattr(self, name)}; leave it out")
         if not 0 < self.ratio < float("inf"):
             raise ValueError(f"ratio: expected above 0 and finite, got {self.ratio}; leave the source out instead")
         if self.caption != "txt" and not re.fullmatch(r"json:.+", self.caption):

@@ -16,6 +16,7 @@ class SkipReason(StrEnum):
 
     UNREADABLE_FILE = "unreadable_file"
     PATH_REFUSED = "path_refused"
+    CHECKSUM = "checksum"
     EMPTY_FILE = "empty_file"
     NOT_AN_IMAGE = "not_an_image"
     TOO_MANY_BYTES = "too_many_bytes"
@@ -30,6 +31,8 @@ class SkipReason(StrEnum):
     EMPTY_ANSWER = "empty_answer"
     NO_TARGETS = "no_targets"
     TOO_LONG = "too_long"
+    UNWANTED = "unwanted"
+    """Nothing is wrong with it, but its layout's own rule leaves it out: not counted into the share of bad samples."""
 
 
 class SkipSample(Exception):  # noqa: N818  (a request to the reader, not an error of the program)
@@ -82,7 +85,8 @@ class SkipCounter:
         count.seen += 1
         count.consecutive += 1
         count.skipped[skip.reason.value] = count.skipped.get(skip.reason.value, 0) + 1
-        total = sum(count.skipped.values())
+        # A run of unwanted ones still counts: a rule that lets nothing through would be read against for ever.
+        total = sum(n for reason, n in count.skipped.items() if reason != SkipReason.UNWANTED)
         by_reason = ", ".join(f"{reason} {n}" for reason, n in sorted(count.skipped.items()))
         if count.consecutive >= self.limits.max_consecutive:
             raise TooManySkips(

@@ -16,7 +16,7 @@ from .config import ImageLimits
 from .errors import SkipReason, SkipSample
 
 # What Pillow's decoders and tag readers are known to raise on damaged files.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -33,8 +33,8 @@ _DECODE_ERRORS = (
 )
 
 
-def open_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
-    """Decode one picture: upright, RGB, 8 bits, its first frame if it moves.
+def open_image(data: bytes, limits: ImageLimits | None = None, frame: int = 0) -> Image.Image:
+    """Decode one picture: upright, RGB, 8 bits; the frame with this number if there are several.
 
     CMYK is converted without a colour profile. What Pillow merely warns of (broken metadata, a short file) counts as
     broken; for that the process's warning filter is set for Pillow's modules meanwhile, as `warnings.catch_warnings`
@@ -52,10 +52,11 @@ def open_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"PIL\.")
         with _open_checked(data, limits) as image:
+            _seek(image, frame, limits)
             try:
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image), image.format)
-            except _DECODE_ERRORS as error:
+            except DECODE_ERRORS as error:
                 raise SkipSample(SkipReason.BROKEN_IMAGE, f"{image.format}: {error}") from error
 
 
@@ -68,8 +69,24 @@ def _open_checked(data: bytes, limits: ImageLimits) -> Image.Image:
     except UnidentifiedImageError as error:
         expected = "/".join(limits.formats)
         raise SkipSample(SkipReason.NOT_AN_IMAGE, f"expected {expected}, got something else") from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise SkipSample(SkipReason.BROKEN_IMAGE, f"header: {error}") from error
+    _check_size(image, limits)
+    return image
+
+
+def _seek(image: Image.Image, frame: int, limits: ImageLimits) -> None:
+    """Go to a frame, which may have a size of its own."""
+    if frame == 0:
+        return
+    try:
+        image.seek(frame)
+    except DECODE_ERRORS as error:
+        raise SkipSample(SkipReason.BROKEN_IMAGE, f"{image.format}: expected a frame {frame}, got {error}") from error
+    _check_size(image, limits)
+
+
+def _check_size(image: Image.Image, limits: ImageLimits) -> None:
     width, height = image.size
     if width * height > limits.max_pixels:
         detail = f"expected at most {limits.max_pixels} pixels, got {width} × {height}"
@@ -77,7 +94,6 @@ def _open_checked(data: bytes, limits: ImageLimits) -> Image.Image:
     if min(width, height) < limits.min_side_px:
         detail = f"expected sides of at least {limits.min_side_px} px, got {width} × {height}"
         raise SkipSample(SkipReason.TOO_SMALL, detail)
-    return image
 
 
 def _to_rgb(image: Image.Image, stored_as: str | None) -> Image.Image:

@@ -6,12 +6,11 @@ A container knows nothing of conversations and a format nothing of files, so eve
 container that can hold it.
 """
 
-import glob
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from .errors import SkipReason, SkipSample
 from .samples import ImagePart, Turn
@@ -19,7 +18,10 @@ from .sources import image_inside
 
 Fields = TypeVar("Fields")
 
+_PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
+
+@runtime_checkable
 class Record(Protocol):
     """One record: a JSON object, a row of a parquet file, or the members of a tar that share a key."""
 
@@ -45,7 +47,11 @@ class Record(Protocol):
         ...
 
     def picture(self) -> ImagePart | None:
-        """The picture that lies in the record itself (a member of the tar), not yet read; None if there is none."""
+        """The first picture that lies in the record itself (a member of the tar), not yet read; None if there is none.
+
+        Raises:
+            SkipSample: if it is far larger than any picture.
+        """
         ...
 
 
@@ -83,10 +89,12 @@ class Images:
             return image_inside(self.root, reference)
         digest = sha256(reference.encode("utf-8", "surrogatepass")).hexdigest()
         name = f"{digest[:2]}/{digest}"
-        found = sorted(glob.glob(f"{os.path.join(glob.escape(self.root), name)}.*"))
-        if not found:
+        # Asking for each suffix, since listing the folder would cost more with every picture that lies in it.
+        files = (f"{name}.{suffix}" for suffix in _PICTURE_SUFFIXES)
+        found = next((file for file in files if os.path.isfile(os.path.join(self.root, file))), None)
+        if found is None:
             raise SkipSample(SkipReason.UNREADABLE_FILE, f"expected the picture of {reference} at {name}.*, got none")
-        return image_inside(self.root, os.path.relpath(found[0], self.root))
+        return image_inside(self.root, found)
 
     def parts(self, references: str | Sequence[str] | None) -> list[ImagePart]:
         """The pictures of a record that may name one, several or none.

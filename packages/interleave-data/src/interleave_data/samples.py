@@ -5,6 +5,7 @@ A picture is a reference until somebody reads it, so a sample of a hundred image
 
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -65,6 +66,8 @@ class SliceBytes:
     path: str
     offset: int
     size: int
+    crc32: int | None = None
+    """What the bytes are held against, if anything."""
 
     def num_bytes(self) -> int:
         """Size of the stretch."""
@@ -75,12 +78,19 @@ class SliceBytes:
 
         Raises:
             OSError: if it cannot be read, or the file ends before the stretch does.
+            SkipSample: if the bytes are not those that were indexed.
         """
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            data = file.read(self.size)
+            # A negative size would read to the file's end.
+            data = file.read(max(self.size, 0))
         if len(data) != self.size:
             raise OSError(f"expected {self.size} bytes at {self.offset}, got {len(data)}")
+        if self.crc32 is not None and (found := zlib.crc32(data)) != self.crc32:
+            detail = f"expected {self.size} bytes at {self.offset} with CRC-32 {self.crc32:08x}, got {found:08x}"
+            raise SkipSample(
+                SkipReason.CHECKSUM, f"{detail}; copy {os.path.basename(self.path)} again or index it again"
+            )
         return data
 
 
@@ -98,6 +108,8 @@ class ImagePart:
     open: bytes | Callable[[], bytes]
     key: str = ""
     """A cheap name that is the same for the same picture of the same source, for caches; empty if there is none."""
+    frame: int = 0
+    """Which frame of a file with several, such as a TIFF of pages."""
 
     def read(self, max_bytes: int | None = None) -> bytes:
         """Get the encoded bytes.
@@ -124,7 +136,7 @@ class ImagePart:
             SkipSample: if the file cannot be read or the gate refuses it.
         """
         limits = limits or ImageLimits()
-        return open_image(self.read(limits.max_bytes), limits)
+        return open_image(self.read(limits.max_bytes), limits, self.frame)
 
 
 Part = TextPart | ImagePart

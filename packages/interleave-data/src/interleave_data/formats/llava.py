@@ -11,14 +11,13 @@ business, so that training and chat agree.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from .errors import SkipReason, SkipSample
-from .samples import ImagePart, Part, Role, Sample, TextPart, Turn
-from .sources import RecordFile, fingerprint, images_inside, unique_id
+from ..errors import SkipReason, SkipSample
+from ..records import Body, Images, Record
+from ..samples import ImagePart, Part, Role, TextPart, Turn
 
 IMAGE_MARK = "<image>"
 _ROLES: dict[str, Role] = {
@@ -38,9 +37,7 @@ class _Message(msgspec.Struct, frozen=True):
     content: str | None = None
 
 
-class _Record(msgspec.Struct, frozen=True):
-    id: str | int | None = None
-    question_id: str | int | None = None
+class _Fields(msgspec.Struct, frozen=True):
     image: str | list[str] | None = None
     images: str | list[str] | None = None
     conversations: list[_Message] | None = None
@@ -57,33 +54,15 @@ class Speech(NamedTuple):
     text: str
 
 
-class LlavaJson:
-    """Conversations over one image, several or none, from a JSON array or JSON lines."""
+def read_llava(record: Record, images: Images) -> Body:
+    """Read one conversation over one image, several or none.
 
-    def __init__(self, path: str | Path, *, image_root: str | Path | None = None, name: str = "llava") -> None:
-        self.name = name
-        self._image_root = str(Path(path).parent if image_root is None else image_root)
-        self._records = RecordFile(path)
-        self.fingerprint = fingerprint("llava-json", [str(path)])
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read one conversation.
-
-        Raises:
-            SkipSample: if the record is not as the module says, has an empty answer, or its marks and images disagree.
-        """
-        record = self._records.decode(index, _Record)
-        speeches = _speeches(record)
-        images = images_inside(self._image_root, record.image if record.image is not None else record.images)
-        identity = record.id if record.id is not None else record.question_id
-        return Sample(
-            id=unique_id(self.name, index, identity),
-            source=self.name,
-            turns=place_images(speeches, images),
-        )
+    Raises:
+        SkipSample: if the record is not as the module says, has an empty answer, or its marks and images disagree.
+    """
+    fields = record.decode(_Fields)
+    named = fields.image if fields.image is not None else fields.images
+    return place_images(_speeches(fields), images.parts(named))
 
 
 def place_images(speeches: Sequence[Speech], images: Sequence[ImagePart]) -> tuple[Turn, ...]:
@@ -128,7 +107,7 @@ def _mark_front(speeches: Sequence[Speech]) -> list[Speech]:
     return bare
 
 
-def _speeches(record: _Record) -> list[Speech]:
+def _speeches(record: _Fields) -> list[Speech]:
     """Read the turns of a record and check their order: perhaps a system turn, then user and assistant by turns."""
     messages = record.conversations or record.conversation or record.messages
     if messages is None and record.question is not None and record.answer is not None:

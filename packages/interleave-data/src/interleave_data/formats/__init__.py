@@ -1,0 +1,52 @@
+"""The layouts that records can have, by the names that data files call them. Importing this imports no reader."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from ..records import Format
+
+Setting = str | int | float
+
+
+class Layout(NamedTuple):
+    """One format: where its reader is, and what it can be read from."""
+
+    module: str
+    """In this package."""
+    function: str
+    """The reader, or where there are settings what makes it from them."""
+    containers: tuple[str, ...] = ("tar", "json", "parquet")
+    """Kinds of shards that can hold it."""
+    settings: tuple[str, ...] = ()
+    """Fields of `SourceConfig` that it depends on."""
+
+    def reader(self, **settings: Setting) -> "Format":
+        """Import the reader and give it its settings."""
+        function = getattr(import_module(f".{self.module}", __name__), self.function)
+        return cast("Callable[..., Format]", function)(**settings) if self.settings else cast("Format", function)
+
+
+FORMATS = {
+    "llava-json": Layout("llava", "read_llava"),
+    "mantis": Layout("mantis", "read_mantis"),
+    "vlguard": Layout("vlguard", "read_vlguard"),
+    "obelics": Layout("documents", "read_obelics"),
+    "obelics-jsonl": Layout("documents", "read_obelics", ("json",)),
+    "mint-html": Layout("documents", "read_mint_html"),
+    "mint-pdf": Layout("documents", "read_mint_pdf", ("tar",)),
+    "mmc4": Layout("mmc4", "read_mmc4"),
+    "text": Layout("plain_text", "read_text"),
+    "captions": Layout("captions", "captions", settings=("caption",)),
+    "caption-tars": Layout("captions", "captions", ("tar",), ("caption",)),
+    "kale": Layout("pairs", "read_kale"),
+    "ocr-captions": Layout("pairs", "ocr_captions", settings=("granularity",)),
+    "grounding-captions": Layout("pairs", "grounding_captions", settings=("granularity",)),
+    "preference-jsonl": Layout("preferences", "read_preferences"),
+    "vlfeedback": Layout("vlfeedback", "vlfeedback", settings=("floor",)),
+}
+"""A new format is one line here, and a module with `read_NAME(record, images) -> Body`."""
+
+SETTINGS = frozenset(name for layout in FORMATS.values() for name in layout.settings)
+"""Fields of `SourceConfig` that mean something for some formats only."""

@@ -1,0 +1,221 @@
+"""Rows of a parquet file, read a row group at a time by an index.
+
+A row group is what can be read by itself, so it is what has a checksum; the last one that was read is kept. Rows that
+are asked for in order cost one reading of each group, rows at random one reading each: for random access write shards
+with small row groups, or tars (tools/pack_shards.py). Needs pyarrow: `interleave-data[parquet]`.
+"""
+
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from .errors import ShardError, SkipReason, SkipSample
+from .index_file import ShardIndex
+from .samples import ImagePart
+
+Fields = TypeVar("Fields")
+
+_CHUNK_BYTES = 1 << 20
+_MAGIC = b"PAR1"
+
+
+def _pyarrow_parquet() -> ModuleType:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "parquet: expected pyarrow, got none; install interleave-data[parquet], or write tars elsewhere "
+            "(tools/pack_shards.py)"
+        ) from error
+    return pyarrow.parquet
+
+
+def index_parquet(path: str, on_bytes: Callable[[int], object] | None = None) -> ShardIndex:
+    """Take the place and the checksum of every row group; `on_bytes` hears of progress in bytes.
+
+    Raises:
+        ShardError: if the file is no whole parquet file.
+        OSError: if it cannot be read.
+        ImportError: if pyarrow is not there.
+    """
+    shard_bytes = os.path.getsize(path)
+    _read_tail(path)
+    rows, spans = [0], list[tuple[int, int]]()
+    try:
+        with _pyarrow_parquet().ParquetFile(path) as file:
+            metadata = file.metadata
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                spans.append(_group_span(group))
+                rows.append(rows[-1] + group.num_rows)
+    except (OSError, ValueError, _arrow_error()) as error:
+        raise ShardError(_not_whole(path, str(error))) from error
+    done = 0
+    checksums: list[int] = []
+    for offset, size in spans:
+        if not 0 < offset <= offset + size <= shard_bytes:
+            raise ShardError(_not_whole(path, f"a row group of {size} bytes at {offset} of {shard_bytes}"))
+        checksums.append(_checksum(path, offset, size))
+        if on_bytes:
+            on_bytes(size)
+        done += size
+    if on_bytes:
+        on_bytes(shard_bytes - done)
+    arrays = {
+        "first_row": np.array(rows, np.int64),
+        "offset": np.array([offset for offset, _ in spans], np.int64),
+        "size": np.array([size for _, size in spans], np.int64),
+        # The last is that of the footer, which says how the groups are to be read.
+        "crc32": np.array([*checksums, zlib.crc32(_read_tail(path))], np.uint32),
+    }
+    return ShardIndex.of("parquet", shard_bytes, rows[-1], arrays)
+
+
+def _arrow_error() -> type[Exception]:
+    import pyarrow
+
+    return pyarrow.ArrowException
+
+
+def _not_whole(path: str, got: str) -> str:
+    return f"{path}: expected a whole parquet file, got {got}; copy or write the shard again"
+
+
+def _read_tail(path: str) -> bytes:
+    """Read the footer, its length and the closing mark."""
+    with open(path, "rb") as file:
+        shard_bytes = os.fstat(file.fileno()).st_size
+        file.seek(max(0, shard_bytes - 8))
+        tail = file.read(8)
+        size = 8 + int.from_bytes(tail[:4], "little")
+        if tail[4:] != _MAGIC or size + len(_MAGIC) > shard_bytes:
+            raise ShardError(_not_whole(path, f"{shard_bytes} bytes without a footer at their end"))
+        file.seek(shard_bytes - size)
+        return file.read(size)
+
+
+def _group_span(group: Any) -> tuple[int, int]:
+    """(offset, size) of the stretch that holds all column chunks of a row group."""
+    starts, ends = list[int](), list[int]()
+    for number in range(group.num_columns):
+        column = group.column(number)
+        dictionary = column.dictionary_page_offset if column.has_dictionary_page else None
+        start = min(column.data_page_offset, dictionary or column.data_page_offset)
+        starts.append(start)
+        ends.append(start + column.total_compressed_size)
+    return min(starts, default=len(_MAGIC)), max(ends, default=len(_MAGIC)) - min(starts, default=len(_MAGIC))
+
+
+def _checksum(path: str, offset: int, size: int) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while size > 0 and (data := file.read(min(size, _CHUNK_BYTES))):
+            crc, size = zlib.crc32(data, crc), size - len(data)
+    return crc
+
+
+class ParquetShard:
+    """The rows of one file by their numbers."""
+
+    def __init__(self, path: str, name: str, index: ShardIndex) -> None:
+        self.path = path
+        self.name = name
+        self.index = index
+        self._arrays = dict(index.arrays)
+        self._last: tuple[int, tuple[str, ...] | None, Any] | None = None
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def record(self, row: int) -> "ParquetRecord":
+        """Refer to a row; its group is not read yet."""
+        return ParquetRecord(f"{self.name}:{row}", self, row)
+
+    def read_row(self, row: int, columns: tuple[str, ...] | None) -> dict[str, object]:
+        """Read one row of some columns, or of all.
+
+        Raises:
+            SkipSample: if the row group has changed or cannot be read.
+        """
+        group = int(np.searchsorted(self._arrays["first_row"], row, side="right")) - 1
+        if self._last is None or self._last[:2] != (group, columns):
+            self._last = (group, columns, self._read_group(group, columns))
+        place = row - int(self._arrays["first_row"][group])
+        (found,) = self._last[2].slice(place, 1).to_pylist()
+        return found
+
+    def _read_group(self, group: int, columns: tuple[str, ...] | None) -> Any:
+        try:
+            self._check(-1, zlib.crc32(_read_tail(self.path)))
+            offset, size = (int(self._arrays[column][group]) for column in ("offset", "size"))
+            self._check(group, _checksum(self.path, offset, size))
+            with _pyarrow_parquet().ParquetFile(self.path) as file:
+                known = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+                # One thread: readers run in workers, one beside the other.
+                return file.read_row_group(group, columns=known, use_threads=False)
+        except (ShardError, OSError, ValueError, _arrow_error()) as error:
+            raise SkipSample(SkipReason.UNREADABLE_FILE, str(error)) from error
+
+    def _check(self, piece: int, found: int) -> None:
+        expected = int(self._arrays["crc32"][piece])
+        if found != expected:
+            what = "footer" if piece < 0 else f"row group {piece}"
+            detail = f"expected {what} with CRC-32 {expected:08x}, got {found:08x}"
+            raise SkipSample(
+                SkipReason.CHECKSUM, f"{detail}; copy {os.path.basename(self.path)} again or index it again"
+            )
+
+
+@dataclass(frozen=True)
+class ParquetRecord:
+    """One row."""
+
+    where: str
+    shard: ParquetShard
+    row: int
+
+    def decode(self, fields: type[Fields]) -> Fields:
+        """Read the row, of a struct only the columns that it names.
+
+        Raises:
+            SkipSample: if the row is not of the type, or its row group has changed or cannot be read.
+        """
+        columns = None
+        if issubclass(fields, msgspec.Struct):
+            columns = tuple(column.encode_name for column in msgspec.structs.fields(fields))
+        try:
+            return msgspec.convert(self.shard.read_row(self.row, columns), fields)
+        except msgspec.ValidationError as error:
+            raise SkipSample(SkipReason.BAD_RECORD, str(error), self.where) from error
+        except SkipSample as skip:
+            skip.where = self.where
+            raise
+
+    def text(self, suffix: str) -> str:
+        """Refuse: a row has no members.
+
+        Raises:
+            SkipSample: always.
+        """
+        raise SkipSample(SkipReason.MISSING_MEMBER, f"expected a .{suffix} member, got a row", self.where)
+
+    def picture(self) -> None:
+        """The pictures of a row are among its fields."""
+
+    def pictures(self) -> list[ImagePart]:
+        """The pictures of a row are among its fields."""
+        return []
+
+    def member(self, name: str) -> None:
+        """A row has no members."""
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Not known: which of the fields are pictures, only the format knows."""
+        return []

@@ -1,0 +1,184 @@
+"""Write the indexes of shards, once: where each record lies, its checksum, the sizes of its pictures.
+
+    uv run tools/index.py PATH...                        # shards, folders of them, patterns, or data files
+    uv run tools/index.py DATA.toml --checkpoint DIR     # and how many tokens and tiles each sample comes to
+
+A shard is a .tar, .json, .jsonl or .parquet; its index lies beside it as SHARD.index. What is up to date is passed
+over, so the command can be given again when shards were added, and a run may start meanwhile (`indexed_only = true` in
+its data file). Lengths are exact for the tokenizer and the tiling of the checkpoint, of which only config.json and the
+tokenizer are read. A damaged shard is named at the end and the others are done all the same.
+"""
+
+import argparse
+import glob
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from interleave_data import DataFileError, RecordSource, ShardError, SourceConfig, load_data_file
+from interleave_data.containers import SUFFIXES, shard_kind, write_index
+from interleave_data.formats import FORMATS
+from interleave_data.index_file import fresh_header
+from interleave_data.opening import shard_paths
+
+
+class Done(NamedTuple):
+    """What became of one shard."""
+
+    path: str
+    num_bytes: int
+    num_samples: int
+    num_bad: int = 0
+    error: str = ""
+
+
+def find_shards(paths: Sequence[str]) -> list[str]:
+    """Shards that the paths name: files, whatever is in folders at any depth, patterns, sources of data files.
+
+    Raises:
+        ValueError: a path names none.
+    """
+    found: dict[str, None] = {}
+    for path in paths:
+        if path.endswith(".toml"):
+            listed = [shard for source in load_data_file(path).sources for shard in shard_paths(source)]
+        elif os.path.isdir(path):
+            listed = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and shard_kind(str(file)))
+        elif os.path.isfile(path):
+            listed = [path] if shard_kind(path) else []
+        else:
+            listed = sorted(file for file in glob.glob(path) if os.path.isfile(file) and shard_kind(file))
+        if not listed:
+            raise ValueError(f"{path}: expected {', '.join(SUFFIXES)} there, got none; check the path")
+        found.update(dict.fromkeys(listed))
+    return list(found)
+
+
+def is_up_to_date(path: str) -> bool:
+    """Whether a shard has an index that fits it."""
+    try:
+        return fresh_header(path) is not None
+    except ShardError:
+        # Of another size, or a damaged index: to be indexed anew is what was asked for.
+        return False
+
+
+def index_one(path: str, on_bytes: Callable[[int], object] | None = None) -> Done:
+    """Index one shard; what is wrong with it is for the end."""
+    num_bytes = os.path.getsize(path)
+    try:
+        return Done(path, num_bytes, write_index(path, on_bytes).num_samples)
+    except (ShardError, OSError) as error:
+        return Done(path, num_bytes, 0, error=str(error))
+
+
+def measure_one(checkpoint: Path, cfg: SourceConfig, image_root: str, path: str) -> Done:
+    """Measure the samples of one shard of a source."""
+    from blip3_lite import Processor
+    from blip3_lite.checkpoint import read_config
+    from blip3_lite.processor import load_tokenizer
+
+    config = read_config(checkpoint)
+    processor = Processor(config.model, load_tokenizer(checkpoint / config.tokenizer_file))
+    layout = FORMATS[cfg.format]
+    settings = {name: getattr(cfg, name) for name in layout.settings}
+    try:
+        source = RecordSource(
+            [path],
+            layout.reader(**settings),
+            name=cfg.name,
+            image_root=image_root,
+            settings={"format": cfg.format, **settings},
+        )
+        num_bad = source.measure(processor.size_fingerprint, processor.measure, lambda: None)
+    except (ShardError, OSError) as error:
+        return Done(path, 0, 0, error=str(error))
+    return Done(path, os.path.getsize(path), len(source), num_bad)
+
+
+def in_parallel(work: Callable[[str], Done], paths: Sequence[str], num_jobs: int) -> Iterable[Done]:
+    """Do the shards, as many at a time as there are jobs."""
+    if num_jobs == 1 or len(paths) == 1:
+        yield from map(work, paths)
+        return
+    # Spawned: the processes of a fork would inherit the threads of torch, or rather not.
+    with ProcessPoolExecutor(min(num_jobs, len(paths)), get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(work, path) for path in paths]):
+            yield future.result()
+
+
+def index_all(paths: Sequence[str], num_jobs: int) -> list[Done]:
+    """Index what is not up to date, with rate and time left."""
+    waiting = [path for path in paths if not is_up_to_date(path)]
+    total = sum(os.path.getsize(path) for path in waiting)
+    is_alone = num_jobs == 1 or len(waiting) == 1
+    done: list[Done] = []
+    with tqdm(total=total, desc="index", unit="B", unit_scale=True, disable=None) as bar:
+        # Progress within a shard can be told in this process only.
+        work = partial(index_one, on_bytes=bar.update) if is_alone else index_one
+        for shard in in_parallel(work, waiting, num_jobs):
+            if not is_alone:
+                bar.update(shard.num_bytes)
+            done.append(shard)
+    num_good = sum(not shard.error for shard in done)
+    num_samples = sum(shard.num_samples for shard in done)
+    print(
+        f"indexed {num_good} of {len(paths)} shards, {num_samples} samples; {len(paths) - len(waiting)} were up to date"
+    )
+    return done
+
+
+def measure_all(data_files: Sequence[str], checkpoint: Path, num_jobs: int) -> list[Done]:
+    """Measure every source of the data files."""
+    done: list[Done] = []
+    for cfg in (source for path in data_files for source in load_data_file(path).sources):
+        paths = shard_paths(cfg)
+        folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
+        work = partial(measure_one, checkpoint, cfg, cfg.image_root or os.path.commonpath(folders))
+        shards: list[Done] = []
+        with tqdm(total=len(paths), desc=f"measure {cfg.name}", unit="shard", disable=None) as bar:
+            for shard in in_parallel(work, paths, num_jobs):
+                bar.update()
+                shards.append(shard)
+        num_samples, num_bad = (
+            sum(counts) for counts in zip(*((s.num_samples, s.num_bad) for s in shards), strict=True)
+        )
+        print(f"measured {cfg.name}: {num_samples} samples, {num_bad} newly found that cannot be encoded")
+        done += shards
+    return done
+
+
+def main() -> None:
+    """Parse the command line, index, measure."""
+    parser = argparse.ArgumentParser(prog="index", description="Write the indexes of shards.")
+    parser.add_argument("path", nargs="+", help="a shard, a folder, a pattern, or a data file")
+    parser.add_argument("--checkpoint", type=Path, help="measure the samples of data files for this model too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {args.jobs}")
+    data_files = [path for path in args.path if path.endswith(".toml")]
+    if args.checkpoint and len(data_files) < len(args.path):
+        parser.error("--checkpoint: expected data files, got other paths; what a shard's samples are, a data file says")
+    try:
+        done = index_all(find_shards(args.path), args.jobs)
+        if args.checkpoint:
+            done += measure_all(data_files, args.checkpoint, args.jobs)
+    except (DataFileError, ValueError) as error:
+        parser.error(str(error))
+    failed = {shard.path: shard.error for shard in done if shard.error}
+    for error in failed.values():
+        print(error, file=sys.stderr)
+    if failed:
+        sys.exit(f"{len(failed)} shards have no index")
+
+
+if __name__ == "__main__":
+    main()
