@@ -147,7 +147,7 @@ def test_nonfinite_step_moves_nothing(tiny, tmp_path, where):
     assert rates[3] == rates[2] < rates[1]
     assert result.counters.skipped_updates == {"non_finite_update": 1}
     assert (result.counters.step, result.counters.updates) == (5, 4)
-    (entry,) = [json.loads(line) for line in run.nonfinite_path.read_text().splitlines()]
+    (entry,) = [json.loads(line) for line in run.nonfinite.path.read_text().splitlines()]
     assert (entry["step"], entry["sample_ids"]) == (3, ["s8", "s9", "s10", "s11"])
     lines = [json.loads(line) for line in run.metrics.path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
@@ -230,7 +230,7 @@ def test_ids_that_are_no_utf8_are_logged(tiny, tmp_path):
     trainer.fit()
     first, _ = read_metrics(run.metrics.path)
     assert first.samples_digest == samples_digest(["\udcff.png"])
-    assert json.loads(run.nonfinite_path.read_text())["sample_ids"] == [r"\udcff.png"]
+    assert json.loads(run.nonfinite.path.read_text())["sample_ids"] == [r"\udcff.png"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

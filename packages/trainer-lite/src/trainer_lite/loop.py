@@ -5,6 +5,7 @@
         for each of accumulation_steps batches:      forward, backward of the SUM over the targets
         divide by the targets of the whole step      (so 4 batches of 1 sample = 1 batch of 4)
         loss or gradient norm not finite?            skip: nothing moves, the ids are kept, too many in a row raise
+        loss far above the last ones?                the ids are kept; with the guard on, skip
         clip once, set the rate, update
         write one line; now and then evaluate, save; stop if somebody asked to
 
@@ -15,7 +16,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
+from statistics import median
 from typing import Generic, Literal
 
 import msgspec
@@ -27,10 +30,11 @@ from interleave_data import samples_digest
 
 from .config import TrainConfig
 from .contract import BatchT, ModelFiles, StepModel, Stream
+from .guards import LeftOut, is_spike, left_out, with_loss
 from .metrics import StepRecord, format_count, format_record
 from .optimizer import Optimizers
 from .progress import Progress, QuietProgress
-from .run_folder import RunFolder
+from .run_folder import RunFolder, SaveError
 from .schedule import learning_rate_factor
 from .stop import StopFlag
 from .train_state import (
@@ -106,13 +110,16 @@ class Trainer(Generic[BatchT]):
         self.counters = Counters()
         self._device = next(iter(self.optimizers.parameters.values())).device
 
-    def resume(self, folder: Path, *, accept_changes: bool = False) -> None:
+    def resume(self, folder: Path, *, accept_changes: bool = False, accept_data_change: bool = False) -> None:
         """Continue from a checkpoint folder; its files are compared with its manifest first.
+
+        accept_data_change: hand this wish on to a stream whose `load_state_dict` has a keyword of this name; it decides
+        which places in the data start anew, and says so.
 
         Raises:
             CheckpointError: the folder is half-written or damaged.
-            ValueError: it belongs to another stage, other data or other settings (the last two pass with
-                `accept_changes`), or to other parameters. Do not train on after an error.
+            ValueError: it belongs to another stage, other data (passes with `accept_data_change`), other settings (both
+                pass with `accept_changes`), or to other parameters. Do not train on after an error.
         """
         if self.files is None:
             raise ValueError("resume: expected a Trainer with files, got none; they load the model's weights")
@@ -129,7 +136,7 @@ class Trainer(Generic[BatchT]):
                 "resume with the freeze plan and the adapters that wrote it"
             )
         differences = config_differences(saved.config, self.cfg)
-        if saved.data_fingerprint != self.data_fingerprint:
+        if saved.data_fingerprint != self.data_fingerprint and not accept_data_change:
             differences.append(f"data: {saved.data_fingerprint!r} in the checkpoint, {self.data_fingerprint!r} now")
         if differences and not accept_changes:
             raise ValueError(
@@ -138,9 +145,13 @@ class Trainer(Generic[BatchT]):
             )
         self.files.load(folder)
         self.counters = saved.counters
-        self.stream.load_state_dict(saved.stream)
+        if accept_data_change and "accept_data_change" in signature(self.stream.load_state_dict).parameters:
+            load_state: Callable[..., None] = self.stream.load_state_dict
+            load_state(saved.stream, accept_data_change=True)
+        else:
+            self.stream.load_state_dict(saved.stream)
         if self.run is not None:
-            self.run.metrics.rewind(self.stage, saved.counters.step)
+            self.run.rewind(self.stage, saved.counters.step)
         # Last, so that nothing above can draw from the restored generators.
         load_tensors(folder, saved.parameters, self.optimizers)
 
@@ -149,6 +160,7 @@ class Trainer(Generic[BatchT]):
 
         Raises:
             NonFiniteError: max_nonfinite_steps steps in a row were not finite.
+            SaveError: a checkpoint could not be written: the last one, or one on the way under `on_save_error="stop"`.
             ValueError: the model breaks the contract of `LossSum`.
         """
         cfg = self.cfg
@@ -172,7 +184,7 @@ class Trainer(Generic[BatchT]):
                     record = next_record
                     is_due = cfg.save_every > 0 and self.counters.step % cfg.save_every == 0
                     if is_due and self.counters.step < cfg.max_steps:
-                        checkpoint = self._save(is_kept=False)
+                        checkpoint = self._save_on_the_way()
                 # A stage's end is kept for good; a stopped one only waits to be resumed.
                 if checkpoint is None or reason != "stopped":
                     checkpoint = self._save(is_kept=reason != "stopped")
@@ -195,18 +207,17 @@ class Trainer(Generic[BatchT]):
         grad_norm = raw_norm / max(1, update.num_targets)
 
         factor = learning_rate_factor(counters.updates, cfg.max_steps, cfg.schedule)
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if not is_finite:
-            self._count_skipped("non_finite_update")
-            self._keep_ids(update, loss, grad_norm)
-            counters.nonfinite_in_a_row += 1
-        elif update.num_targets == 0:
-            self._count_skipped("no_target_update")
-            counters.nonfinite_in_a_row = 0
-        else:
+        reason = left_out(loss, grad_norm, update.num_targets, counters.recent_losses, cfg)
+        self._note_suspects(update, loss, grad_norm, reason)
+        if reason is None:
             self._apply(gradients, grad_norm, update.num_targets, factor)
             counters.updates += 1
-            counters.nonfinite_in_a_row = 0
+        else:
+            skipped = counters.skipped_updates
+            counters.skipped_updates = {**skipped, reason: skipped.get(reason, 0) + 1}
+        counters.nonfinite_in_a_row = counters.nonfinite_in_a_row + 1 if reason == "non_finite_update" else 0
+        if math.isfinite(loss) and update.num_targets > 0:
+            counters.recent_losses = with_loss(counters.recent_losses, loss, cfg)
         counters.step += 1
         counters.tokens += update.num_tokens
         counters.targets += update.num_targets
@@ -225,6 +236,7 @@ class Trainer(Generic[BatchT]):
             samples_digest=samples_digest(update.sample_ids),
             skipped={**self.stream.skipped, **counters.skipped_updates},
             parts={name: value / update.num_targets for name, value in update.parts.items()},
+            failed_saves=counters.failed_saves,
             evaluation=self._evaluation(),
         )
         self._log(record)
@@ -232,7 +244,7 @@ class Trainer(Generic[BatchT]):
             raise NonFiniteError(
                 f"stage {self.stage!r}, step {counters.step}: expected a finite loss and gradient, got loss {loss}, "
                 f"gradient norm {grad_norm}, {counters.nonfinite_in_a_row} steps in a row; lower the learning rate or "
-                f"look at the samples in {self.run.nonfinite_path if self.run else 'the last batches'}"
+                f"look at the samples in {self.run.nonfinite.path if self.run else 'the last batches'}"
             )
         return record
 
@@ -277,22 +289,22 @@ class Trainer(Generic[BatchT]):
         with torch.random.fork_rng(devices), torch.no_grad():  # pyright: ignore[reportUnknownMemberType]
             return dict(self.evaluate(self.counters.step))
 
-    def _count_skipped(self, reason: str) -> None:
-        skipped = self.counters.skipped_updates
-        self.counters.skipped_updates = {**skipped, reason: skipped.get(reason, 0) + 1}
-
-    def _keep_ids(self, update: UpdateSum, loss: float, grad_norm: float) -> None:
-        if self.run is not None:
-            entry = {
-                "stage": self.stage,
-                "step": self.counters.step + 1,
-                "loss": str(loss),
-                "grad_norm": str(grad_norm),
-                # A file name that is no UTF-8 holds surrogates, which JSON cannot.
-                "sample_ids": [name.encode("utf-8", "backslashreplace").decode() for name in update.sample_ids],
-            }
-            with self.run.nonfinite_path.open("ab") as file:
-                file.write(msgspec.json.encode(entry) + b"\n")
+    def _note_suspects(self, update: UpdateSum, loss: float, grad_norm: float, reason: LeftOut | None) -> None:
+        """Write down the samples of a step that is not finite, or of a spike, whether it is left out or not."""
+        if self.run is None:
+            return
+        step, recent = self.counters.step + 1, self.counters.recent_losses
+        if reason == "non_finite_update":
+            figures: dict[str, float | bool] = {"loss": loss, "grad_norm": grad_norm}
+            self.run.nonfinite.append(self.stage, step, update.sample_ids, figures)
+        elif update.num_targets > 0 and is_spike(loss, recent, self.cfg):
+            is_left_out = reason == "loss_spike_update"
+            figures = {"loss": loss, "median": median(recent), "grad_norm": grad_norm, "is_left_out": is_left_out}
+            self.run.spikes.append(self.stage, step, update.sample_ids, figures)
+            self.progress.line(
+                f"{self.stage} {step}: loss {loss:.4f} is {loss / median(recent):.1f} times the median of the last "
+                f"{len(recent)}{', the update is left out' if is_left_out else ''}; samples in {self.run.spikes.path}"
+            )
 
     def _log(self, record: StepRecord) -> None:
         if self.run is not None:
@@ -302,6 +314,16 @@ class Trainer(Generic[BatchT]):
             self.progress.line(format_record(record, self.cfg.max_steps))
         if self.on_step is not None:
             self.on_step(record)
+
+    def _save_on_the_way(self) -> Path | None:
+        try:
+            return self._save(is_kept=False)
+        except SaveError as error:
+            if self.cfg.on_save_error == "stop":
+                raise
+            self.counters.failed_saves += 1
+            self.progress.line(f"warning: {error}; going on without it")
+            return None
 
     def _save(self, is_kept: bool) -> Path | None:
         # Before the first step the folder of this number is the end of the stage before.
@@ -323,4 +345,5 @@ class Trainer(Generic[BatchT]):
             "is_kept": is_kept,
         }
         writers = {**self.files.writers(), **state_writers(state, self.optimizers)}
-        return self.run.save_checkpoint(self.first_step + self.counters.step, writers, manifest, self.cfg.keep_last)
+        step = self.first_step + self.counters.step
+        return self.run.begin_checkpoint(step, writers, self.optimizers.num_bytes)(manifest, self.cfg.keep_last)

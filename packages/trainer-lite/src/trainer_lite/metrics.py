@@ -30,9 +30,11 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     samples_digest: str
     """`interleave_data.samples_digest` of the ids in the order in which the model saw them."""
     skipped: dict[str, int]
-    """Left out so far in this stage, by reason: samples, and whole updates (non_finite_update, no_target_update)."""
+    """Left out so far in this stage, by reason: samples, and whole updates (see `guards.LeftOut`)."""
     parts: dict[str, float] = {}
     """Further means from the model."""
+    failed_saves: int = 0
+    """Checkpoints on the way that could not be written so far."""
     evaluation: dict[str, float] = {}
     """What the evaluation callback returned at this step."""
 
