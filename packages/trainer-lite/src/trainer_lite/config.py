@@ -90,7 +90,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     keep_last: int = 2
     """Checkpoints kept from the middle of a stage; those at a stage's end are always kept."""
     on_save_error: Literal["stop", "warn"] = "stop"
-    """Where a checkpoint on the way cannot be written: end the run, or say so and go on. The last one always ends it."""
+    """Where a checkpoint on the way cannot be written: end the run, or say so and go on. The last one ends it."""
     max_nonfinite_steps: int = 5
     """This many steps in a row with a loss or gradient that is not finite end the run."""
     spike_ratio: float = 5.0

@@ -15,7 +15,9 @@ A resumed run continues bit for bit: parameters, moments, random states, counter
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from statistics import median
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from blip3_lite import read_manifest
 from interleave_data import samples_digest
 
+from .background import BackgroundSave
 from .config import TrainConfig
 from .contract import BatchT, ModelFiles, StepModel, Stream
 from .guards import LeftOut, is_spike, left_out, with_loss
@@ -108,6 +111,8 @@ class Trainer(Generic[BatchT]):
         self.stop = StopFlag() if stop is None else stop
         self.optimizers = Optimizers(parameters, cfg.optimizer)
         self.counters = Counters()
+        self._saving: BackgroundSave | None = None
+        self._saving_step = 0
         self._device = next(iter(self.optimizers.parameters.values())).device
 
     def resume(self, folder: Path, *, accept_changes: bool = False, accept_data_change: bool = False) -> None:
@@ -168,7 +173,6 @@ class Trainer(Generic[BatchT]):
             torch.manual_seed(cfg.seed)  # pyright: ignore[reportUnknownMemberType]
         reason: Literal["max_steps", "stream_end", "stopped"] = "max_steps"
         record: StepRecord | None = None
-        checkpoint: Path | None = None
         batches = iter(self.stream)
         self.progress.start(self.stage, cfg.max_steps, self.counters.step)
         try:
@@ -177,17 +181,24 @@ class Trainer(Generic[BatchT]):
                     if self.stop.is_set:
                         reason = "stopped"
                         break
-                    checkpoint = None
                     if (next_record := self._step(batches)) is None:
                         reason = "stream_end"
                         break
                     record = next_record
                     is_due = cfg.save_every > 0 and self.counters.step % cfg.save_every == 0
                     if is_due and self.counters.step < cfg.max_steps:
-                        checkpoint = self._save_on_the_way()
-                # A stage's end is kept for good; a stopped one only waits to be resumed.
-                if checkpoint is None or reason != "stopped":
-                    checkpoint = self._save(is_kept=reason != "stopped")
+                        self._save_on_the_way()
+                    elif self._saving is not None and self._saving.is_done:
+                        self._end_saving()
+                checkpoint = self._save_at_the_end(reason)
+        except KeyboardInterrupt:
+            # Who asks twice does not want to wait.
+            raise
+        except BaseException:
+            # Let the last good checkpoint become whole; the error at hand says more than one of its own.
+            with suppress(SaveError):
+                self._end_saving()
+            raise
         finally:
             self.progress.close()
         return FitResult(reason, msgspec.structs.replace(self.counters), record, checkpoint)
@@ -315,20 +326,47 @@ class Trainer(Generic[BatchT]):
         if self.on_step is not None:
             self.on_step(record)
 
-    def _save_on_the_way(self) -> Path | None:
+    def _save_on_the_way(self) -> None:
+        """Write a checkpoint's files now and let a thread make it whole, after the one before is whole."""
+        self._end_saving()
         try:
-            return self._save(is_kept=False)
+            finish = self._begin_save(is_kept=False)
         except SaveError as error:
-            if self.cfg.on_save_error == "stop":
-                raise
-            self.counters.failed_saves += 1
-            self.progress.line(f"warning: {error}; going on without it")
+            self._bear(error)
+        else:
+            self._saving, self._saving_step = BackgroundSave(finish), self.counters.step
+
+    def _end_saving(self) -> Path | None:
+        """Wait for the checkpoint that is being written, if there is one; return it if it became whole."""
+        if self._saving is None:
+            return None
+        saving, self._saving = self._saving, None
+        try:
+            return saving.wait()
+        except SaveError as error:
+            self._bear(error)
             return None
 
-    def _save(self, is_kept: bool) -> Path | None:
+    def _bear(self, error: SaveError) -> None:
+        if self.cfg.on_save_error == "stop":
+            raise error
+        self.counters.failed_saves += 1
+        self.progress.line(f"warning: {error}; going on without it")
+
+    def _save_at_the_end(self, reason: Literal["max_steps", "stream_end", "stopped"]) -> Path | None:
+        """Leave a checkpoint of the last step; None if no step has been made."""
+        newest = self._end_saving()
         # Before the first step the folder of this number is the end of the stage before.
         if self.run is None or self.files is None or self.counters.step == 0:
             return None
+        if reason == "stopped" and newest is not None and self._saving_step == self.counters.step:
+            return newest
+        # A stage's end is kept for good; a stopped one only waits to be resumed.
+        return self._begin_save(is_kept=reason != "stopped")()
+
+    def _begin_save(self, is_kept: bool) -> Callable[[], Path]:
+        assert self.run is not None
+        assert self.files is not None
         self.run.metrics.sync()
         state = SavedState(
             stage=self.stage,
@@ -346,4 +384,5 @@ class Trainer(Generic[BatchT]):
         }
         writers = {**self.files.writers(), **state_writers(state, self.optimizers)}
         step = self.first_step + self.counters.step
-        return self.run.begin_checkpoint(step, writers, self.optimizers.num_bytes)(manifest, self.cfg.keep_last)
+        finish = self.run.begin_checkpoint(step, writers, self.optimizers.num_bytes)
+        return partial(finish, manifest, self.cfg.keep_last)
