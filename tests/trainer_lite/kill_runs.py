@@ -1,11 +1,11 @@
 """Run a program again and again, each time in a forked child that is killed at a chosen moment, the last one in peace.
 
-    python kill_runs.py PROGRAM FOLDER REQUEST      REQUEST: {"arguments", "num_kills", "seed", "save_every"}
+    python kill_runs.py PROGRAM FOLDER REQUEST      REQUEST: {"arguments", "num_kills", "seed"}
 
-PROGRAM is a file with `main(folder, arguments) -> int`; it begins the run in FOLDER or goes on with it. One import serves
-all children, so that thirty kills take seconds. A kill is a SIGKILL that the child sends itself before its n-th Python
-call, or before its n-th operation on the disk (sync, rename, removal), with n drawn from the seed within a share of what
-a whole run has: calls lie mostly in steps, operations in saves, between write and rename, and in the pruning.
+PROGRAM is a file with `main(folder, arguments) -> int`; it begins the run in FOLDER or goes on with it. One import
+serves all children, so that thirty kills take seconds. A kill is a SIGKILL that the child sends itself before its n-th
+Python call, or before its n-th operation on the disk (sync, rename, removal), with n drawn from the seed within a share
+of what a whole run has: calls lie mostly in steps, operations in saves, between write and rename, and in the pruning.
 """
 
 import json

@@ -319,7 +319,13 @@ class Trainer(Generic[BatchT]):
 
     def _log(self, record: StepRecord) -> None:
         if self.run is not None:
-            self.run.metrics.append(record)
+            try:
+                self.run.metrics.append(record)
+            except OSError as error:
+                # The line waits for the next one; what is sure to be on disk is asked before a checkpoint is written.
+                if self.cfg.on_save_error == "stop":
+                    raise
+                self.progress.line(f"warning: {self.run.metrics.path}: {error.strerror}; the line waits")
         self.progress.advance(f"loss {record.loss:.3f} {format_count(record.tokens_per_s)} tok/s")
         if record.step % self.cfg.log_every == 0 or record.step == self.cfg.max_steps:
             self.progress.line(format_record(record, self.cfg.max_steps))
@@ -356,6 +362,8 @@ class Trainer(Generic[BatchT]):
     def _save_at_the_end(self, reason: Literal["max_steps", "stream_end", "stopped"]) -> Path | None:
         """Leave a checkpoint of the last step; None if no step has been made."""
         newest = self._end_saving()
+        if self.run is not None:
+            self.run.metrics.sync()
         # Before the first step the folder of this number is the end of the stage before.
         if self.run is None or self.files is None or self.counters.step == 0:
             return None
@@ -367,7 +375,10 @@ class Trainer(Generic[BatchT]):
     def _begin_save(self, is_kept: bool) -> Callable[[], Path]:
         assert self.run is not None
         assert self.files is not None
-        self.run.metrics.sync()
+        try:
+            self.run.metrics.sync()
+        except OSError as error:
+            raise SaveError(f"{self.run.metrics.path}: expected to write it, got: {error}; make room") from error
         state = SavedState(
             stage=self.stage,
             counters=self.counters,
