@@ -1,11 +1,12 @@
 """Run a program again and again, each time in a forked child that is killed at a chosen moment, the last one in peace.
 
-    python kill_runs.py PROGRAM FOLDER REQUEST      REQUEST: {"arguments", "num_kills", "seed"}
+    python kill_runs.py PROGRAM FOLDER REQUEST      REQUEST: {"arguments", "kills", "seed"}
 
 PROGRAM is a file with `main(folder, arguments) -> int`; it begins the run in FOLDER or goes on with it. One import
 serves all children, so that thirty kills take seconds. A kill is a SIGKILL that the child sends itself before its n-th
 Python call, or before its n-th operation on the disk (sync, rename, removal), with n drawn from the seed within a share
 of what a whole run has: calls lie mostly in steps, operations in saves, between write and rename, and in the pruning.
+`kills` names the kind of each kill in turn: "calls", "disk", or "startup", a call before the first step of the child.
 """
 
 import json
@@ -22,20 +23,20 @@ from pathlib import Path
 
 import torch
 
-from trainer_lite import RunFolder, read_metrics
+from trainer_lite import MetricsLog, RunFolder, StepRecord, read_metrics
 
-KINDS = ("calls", "disk")
+KINDS = ("calls", "disk", "startup")
 
 
 class Countdown:
     """Kills this process before the n-th call of `tick`; with n = 0 it only counts."""
 
     def __init__(self, kill_at: int) -> None:
-        self.kill_at, self.count = kill_at, 0
+        self.kill_at, self.count, self.is_over = kill_at, 0, False
 
     def tick(self, *_event: object) -> None:
-        self.count += 1
-        if self.count == self.kill_at:
+        self.count += not self.is_over
+        if not self.is_over and self.count == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def before(self, holder: object, name: str) -> None:
@@ -57,8 +58,20 @@ def forked(program: Callable[[Path, list[str]], int], folder: Path, arguments: l
             counts = {kind: Countdown(kill_at.get(kind, 0)) for kind in KINDS}
             for holder, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree")):
                 counts["disk"].before(holder, name)
-            threading.setprofile(counts["calls"].tick)
-            sys.setprofile(counts["calls"].tick)
+            append = MetricsLog.append
+
+            def append_first(log: MetricsLog, record: StepRecord) -> None:
+                counts["startup"].is_over = True
+                append(log, record)
+
+            MetricsLog.append = append_first
+
+            def call(*_event: object) -> None:
+                counts["calls"].tick()
+                counts["startup"].tick()
+
+            threading.setprofile(call)
+            sys.setprofile(call)
             status = program(folder, arguments)
             sys.setprofile(None)
             os.write(writer, json.dumps({kind: countdown.count for kind, countdown in counts.items()}).encode())
@@ -75,7 +88,7 @@ def forked(program: Callable[[Path, list[str]], int], folder: Path, arguments: l
 
 
 def main(program_file: str, folder: Path, request: dict) -> list[dict]:
-    program, arguments, num_kills = runpy.run_path(program_file)["main"], request["arguments"], request["num_kills"]
+    program, arguments, kills = runpy.run_path(program_file)["main"], request["arguments"], request["kills"]
     # Here, so that whatever is imported late is there for all children, which begin with this run's random state.
     program(folder / "whole", arguments)
     status, counts = forked(program, folder / "again", arguments)
@@ -84,11 +97,10 @@ def main(program_file: str, folder: Path, request: dict) -> list[dict]:
     drawn = random.Random(request["seed"])
     run = RunFolder(folder / "killed")
     attempts: list[dict] = []
-    for number in range(num_kills):
-        kind = KINDS[number % 2]
+    for kind in kills:
         # All shares together are less than a whole run, so that none of the children gets to its end.
-        share = counts[kind] // num_kills
-        kill_at = drawn.randint(share // 2, share)
+        share = counts[kind] // (1 if kind == "startup" else len(kills))
+        kill_at = drawn.randint(1 if kind == "startup" else share // 2, share)
         status, _ = forked(program, run.path, arguments, **{kind: kill_at})
         found = run.find_checkpoint()
         steps = [record.step for record in read_metrics(run.metrics.path)] if run.metrics.path.exists() else []

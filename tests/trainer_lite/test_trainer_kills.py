@@ -28,8 +28,8 @@ def course(folder: Path) -> list[tuple[int, str, str, float]]:
     return [(step, last[step].loss_hex, last[step].samples_digest, last[step].lr) for step in sorted(last)]
 
 
-def killed(tmp_path: Path, max_steps: int, save_every: int, num_kills: int, seed: int) -> list[dict]:
-    request = {"arguments": [str(max_steps), str(save_every)], "num_kills": num_kills, "seed": seed}
+def killed(tmp_path: Path, max_steps: int, save_every: int, kills: list[str], seed: int) -> list[dict]:
+    request = {"arguments": [str(max_steps), str(save_every)], "kills": kills, "seed": seed}
     command = [sys.executable, HERE / "kill_runs.py", HERE / "tiny_run.py", tmp_path, json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -52,7 +52,7 @@ def check_kills(tmp_path: Path, attempts: list[dict], max_steps: int, save_every
 
 
 def test_five_kills_do_not_show(tmp_path: Path) -> None:
-    attempts = killed(tmp_path, max_steps=60, save_every=3, num_kills=5, seed=1)
+    attempts = killed(tmp_path, max_steps=60, save_every=3, kills=["calls", "disk"] * 2 + ["calls"], seed=1)
     check_kills(tmp_path, attempts, max_steps=60, save_every=3)
     assert any(attempt["resumes_at"] > 0 for attempt in attempts[:-1])
     # One of them hit a save: it left a folder that is not whole, which nobody took for a checkpoint.
@@ -62,7 +62,7 @@ def test_five_kills_do_not_show(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", [2, 3])
 def test_thirty_kills_do_not_show(tmp_path: Path, seed: int) -> None:
-    attempts = killed(tmp_path, max_steps=600, save_every=3, num_kills=30, seed=seed)
+    attempts = killed(tmp_path, max_steps=600, save_every=3, kills=["calls", "disk"] * 15, seed=seed)
     check_kills(tmp_path, attempts, max_steps=600, save_every=3)
 
 
