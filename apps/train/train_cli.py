@@ -4,6 +4,7 @@ train                          the recipe `demo`
 train sft --data FILE          one stage
 train --config runs/x/config.json --max-steps 50
 train --out runs/x --resume    the stage in runs/x, with the settings it was started with
+train sft … --resume auto      begin that stage, or go on with it: the same line each time
 """
 
 import difflib
@@ -24,6 +25,7 @@ _Config = TypeVar("_Config", bound=msgspec.Struct)
 FREE_ON_RESUME = (
     "out",
     "resume",
+    "accept_data_change",
     # The sources' fingerprints tell whether other data lie behind the name.
     "data",
     "eval_questions",
@@ -31,9 +33,14 @@ FREE_ON_RESUME = (
     "stage.train.log_every",
     "stage.train.save_every",
     "stage.train.keep_last",
+    "stage.train.on_save_error",
     "stage.train.max_nonfinite_steps",
+    "stage.train.spike_ratio",
+    "stage.train.spike_window",
+    "stage.train.spike_guard",
 )
-"""What may change when a run is continued: it moves no weight."""
+"""What may change when a run is continued: it moves no weight, or keeps a bad step from moving them."""
+NEWEST, AUTO = "newest", "auto"
 
 
 class SavedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,6 +65,17 @@ def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
         if argument.startswith(f"{flag}="):
             return argument.removeprefix(f"{flag}="), arguments[:index] + arguments[index + 1 :]
     return None, arguments
+
+
+def _usual_forms(arguments: Sequence[str]) -> list[str]:
+    """Write out a bare `--resume`, and `--checkpoint-every` (also behind a stage's prefix) by its setting's name."""
+    written: list[str] = []
+    for index, argument in enumerate(arguments):
+        written.append(re.sub(r"^(--(?:[\w-]+\.)*)checkpoint-every(?==|$)", r"\1save-every", argument))
+        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+        if argument == "--resume" and following.startswith("--"):
+            written.append(NEWEST)
+    return written
 
 
 def _config_type(recipe: str) -> type[RunConfig]:
@@ -110,12 +128,15 @@ def _check_recipe(recipe: str) -> None:
         _refuse(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe}; {hint}")
 
 
-def _saved_run(arguments: list[str], recipe: str | None) -> tuple[str, StageRun]:
-    """Recipe and config of the run that `--resume` is to continue."""
+def _saved_run(arguments: list[str], recipe: str | None, is_new_allowed: bool) -> tuple[str, StageRun] | None:
+    """Recipe and config of the run that `--resume` is to continue; None if there is none yet and that is allowed."""
     out, _ = _take("--out", arguments)
     if out is None and recipe is None:
         _refuse("--resume: expected a recipe or --out, got neither; name the run to continue")
-    recipe, saved = _read_config("--resume", run_path(str(recipe), out) / "config.json", recipe)
+    file = run_path(str(recipe), out) / "config.json"
+    if is_new_allowed and not file.exists():
+        return None
+    recipe, saved = _read_config("--resume", file, recipe)
     if not isinstance(saved, StageRun):
         _refuse(
             f"--resume: expected a run of one stage, got {recipe}, which cannot be continued; start it anew, or hand "
@@ -148,13 +169,15 @@ def _check_same_course(saved: StageRun, config: StageRun) -> None:
 
 def parse_command_line(arguments: Sequence[str]) -> Command:
     """Return the resolved config, or exit with status 2 and a reason."""
-    file, rest = _take("--config", list(arguments))
+    file, rest = _take("--config", _usual_forms(arguments))
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if recipe is not None:
         _check_recipe(recipe)
+    resume, _ = _take("--resume", rest)
+    found = None if resume is None else _saved_run(rest, recipe, is_new_allowed=resume == AUTO)
     saved = None
-    if "--resume" in rest:
-        recipe, saved = _saved_run(rest, recipe)
+    if found is not None:
+        recipe, saved = found
     if file is not None:
         recipe, default = _read_config("--config", Path(file), recipe)
     elif saved is not None and recipe is not None:
@@ -163,6 +186,7 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
         recipe = recipe or "demo"
         default = RECIPES[recipe]()
     description = f"{type(default).__doc__}\n\nRecipes: {', '.join(RECIPES)}. --config FILE starts from a saved config."
+    description += " --checkpoint-every N is another name of --save-every N."
     try:
         config = tyro.cli(
             type(default),

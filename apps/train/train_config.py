@@ -102,8 +102,11 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Language model of a new model: a folder or GGUF file of Phi-3 or Llama; goes with --vision."""
     out: str | None = None
     """Run folder; by default runs/RECIPE."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint of the run folder."""
+    resume: str | None = None
+    """Alone or `newest`: go on from the newest whole checkpoint of the run folder. `auto`: likewise, or begin the run
+    if there is none yet. A checkpoint's folder: go on from that one."""
+    accept_data_change: bool = False
+    """Continue though the data are not what they were; sources that changed start anew."""
     tokenizer: str | None = None
     """tokenizer.json for a fresh model; without it one is trained on the data's own text."""
     stage: Annotated[StageConfig, tyro.conf.arg(name="")]

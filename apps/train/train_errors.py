@@ -3,12 +3,19 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 
+FINISHED = 0
 BAD_INPUT = 2
+"""The command line, a file it names or a checkpoint cannot be used; nothing has been trained."""
 TOO_MUCH_BAD_DATA = 3
+"""More samples are bad than the data file's limits allow."""
 NOT_SAVED = 4
+"""A checkpoint or log could not be written; the checkpoints that are there are whole."""
 NOT_FINITE = 5
+"""Too many steps in a row had a loss or gradient that is not finite."""
 INTERRUPTED = 130
+"""Ctrl-C: after a checkpoint, or at once if pressed twice."""
 TERMINATED = 143
+"""SIGTERM: after a checkpoint, or at once if sent twice."""
 
 
 class BadInputError(Exception):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 
 from blip3_lite import Blip3, CheckpointError, FeatureCache, LoadedModel, Processor, load_tokenizer
@@ -12,10 +13,12 @@ from blip3_lite.opening import open_model
 from eval_lite import write_predictions
 from interleave_data import Sample, SkipSample, TextPart, TooManySkips
 from phi3_lite import load_lm, train_tokenizer
+from train_cli import AUTO, NEWEST
 from train_config import Command, DemoRun, LanguageRun, StageRun, WarmupRun, run_path
 from train_demo import run_demo
 from train_errors import (
     BAD_INPUT,
+    FINISHED,
     INTERRUPTED,
     NOT_FINITE,
     NOT_SAVED,
@@ -39,7 +42,7 @@ from train_stages import (
 )
 from train_vision import fit_warmup, warmup_trainer
 from train_world import WORLD_STAGES, stage_data, world_tokenizer
-from trainer_lite import NonFiniteError, RunFolder, StopFlag, TqdmProgress
+from trainer_lite import NonFiniteError, RunFolder, SaveError, StopFlag, TqdmProgress
 
 _TOKENIZER_SAMPLES = 2000
 
@@ -53,16 +56,20 @@ def run(command: Command) -> int:
         return _fail(BAD_INPUT, error)
     except TooManySkips as error:
         return _fail(TOO_MUCH_BAD_DATA, error)
+    except SaveError as error:
+        return _fail(NOT_SAVED, error)
     except OSError as error:
         # Set-up is behind us and readers turn their own into skips: only what a run writes is left.
         return _fail(NOT_SAVED, f"expected to save the run, got {error}; checkpoints that are there are whole")
     except NonFiniteError as error:
         return _fail(NOT_FINITE, error)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; checkpoints that are there are whole")
-    if is_finished:
-        return 0
-    return INTERRUPTED if stop.reason == "SIGINT" else TERMINATED
+        return _fail(_stopped_status(stop), "interrupted; checkpoints that are there are whole")
+    return FINISHED if is_finished else _stopped_status(stop)
+
+
+def _stopped_status(stop: StopFlag) -> int:
+    return TERMINATED if stop.reason == "SIGTERM" else INTERRUPTED
 
 
 def _fail(status: int, error: Exception | str) -> int:
@@ -102,12 +109,18 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
     path = run_path(recipe, config.out)
     with checking_input():
         data = _stage_data(recipe, config)
-        resume = _resume_point(RunFolder(path)) if config.resume else None
+        # A run of which there is only a folder has died before it was one.
+        is_new = config.resume is None or (config.resume == AUTO and not RunFolder(path).config_path.exists())
+        run_folder = None if is_new else RunFolder.reopen(path)
+        resume = None if run_folder is None else _resume_point(run_folder, str(config.resume))
         torch.manual_seed(config.stage.train.seed)
         model, processor = _new_model(config, data) if resume is None else _model_shell(resume, data)
-        run_folder = RunFolder(path) if config.resume else RunFolder.create(path, {"recipe": recipe, "config": config})
-        if config.resume and resume is None:
-            run_folder.metrics.rewind(recipe, 0)
+        if run_folder is None:
+            run_folder = RunFolder.create(
+                path, {"recipe": recipe, "config": msgspec.structs.replace(config, resume=None)}
+            )
+        elif resume is None:
+            run_folder.rewind(recipe, 0)
         features = None if config.stage.trains_tower else _feature_cache(model, config)
         trainer = stage_trainer(
             recipe,
@@ -119,8 +132,10 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
             run=run_folder,
             progress=TqdmProgress(),
             stop=stop,
-            resume=resume,
         )
+        if resume is not None:
+            trainer.resume(resume, accept_data_change=config.accept_data_change)
+            say(f"going on from {resume}, behind step {trainer.counters.step}")
     announce(model, path)
     result = fit_stage(trainer, model)
     if result.checkpoint is not None:
@@ -195,11 +210,19 @@ def _texts(data: StageData) -> Iterator[str]:
                 yield from (sample.chosen, sample.rejected)
 
 
-def _resume_point(run_folder: RunFolder) -> Path | None:
-    """The newest whole checkpoint; None where the run ended before it saved one, so that it begins again."""
+def _resume_point(run_folder: RunFolder, wish: str) -> Path | None:
+    """The checkpoint to go on from; None where the run ended before it saved one, so that it begins again."""
+    if wish not in (NEWEST, AUTO):
+        named = Path(wish)
+        if named.resolve().parent != run_folder.checkpoints_path.resolve():
+            raise BadInputError(
+                f"--resume: expected auto, newest or a folder in {run_folder.checkpoints_path}, got {wish}; a "
+                "checkpoint of another run can start a stage with --init"
+            )
+        return named
     found = run_folder.find_checkpoint()
     for refused in found.refused:
-        say(f"train: passed over: {refused}")
+        say(f"warning: passed over: {refused}")
     if found.path is None and found.refused:
         raise CheckpointError(f"run folder {run_folder.path}: expected a whole checkpoint, got none; start another run")
     return found.path

@@ -22,6 +22,7 @@ from trainer_lite import (
     read_metrics,
     samples_digest,
 )
+from trainer_lite.guards import is_spike, with_loss
 
 
 def config(max_steps: int = 3, **settings) -> TrainConfig:
@@ -44,6 +45,21 @@ def run_keeping_gradients(trainer) -> list[torch.Tensor]:
     trainer.optimizers.step = keep_and_step
     trainer.fit()
     return kept
+
+
+def test_accumulation_partial_last_window_equals_one_batch(tiny):
+    # 1 + 5 + 2 + 3, then 4 + 1 as the stream ends: the same as a batch of 11 and one of 5.
+    split = tiny.trainer(
+        config(9, accumulation_steps=4, grad_clip=0.05), dropout=0, stream=tiny.stream((1, 5, 2, 3, 4, 1), length=6)
+    )
+    whole = tiny.trainer(config(9, grad_clip=0.05), dropout=0, stream=tiny.stream((11, 5), length=2))
+    ours, theirs = run_keeping_gradients(split), run_keeping_gradients(whole)
+    assert len(ours) == len(theirs) == 2
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=0)
+        # Clipped once: as long as it may be, not shorter.
+        assert mine.norm().item() == pytest.approx(0.05, rel=1e-4)
+    torch.testing.assert_close(weights(split), weights(whole), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.05])
@@ -99,6 +115,18 @@ def test_loss_falls_with_either_optimizer(tiny):
         assert last < 0.35 * first, kind
 
 
+class Lines:
+    """Progress that keeps the lines."""
+
+    start = advance = close = lambda self, *arguments: None
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
 class Poisoned:
     """Makes the loss or one gradient element of given steps infinite or NaN."""
 
@@ -147,12 +175,83 @@ def test_nonfinite_step_moves_nothing(tiny, tmp_path, where):
     assert rates[3] == rates[2] < rates[1]
     assert result.counters.skipped_updates == {"non_finite_update": 1}
     assert (result.counters.step, result.counters.updates) == (5, 4)
-    (entry,) = [json.loads(line) for line in run.nonfinite_path.read_text().splitlines()]
+    (entry,) = [json.loads(line) for line in run.nonfinite.path.read_text().splitlines()]
     assert (entry["step"], entry["sample_ids"]) == (3, ["s8", "s9", "s10", "s11"])
     lines = [json.loads(line) for line in run.metrics.path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert lines[2]["skipped"]["non_finite_update"] == 1
     assert lines[2]["loss"] is None if where == "loss" else lines[2]["grad_norm"] is None
+
+
+@pytest.mark.parametrize("spike_guard", [False, True])
+def test_spike_is_written_down_and_left_out_by_the_guard_alone(tiny, tmp_path, spike_guard):
+    class Spiking:
+        """Ten times the median at step 6."""
+
+        def __init__(self, model) -> None:
+            self.inner, self.network, self.calls, self.losses = model, model.network, 0, []
+
+        def loss(self, batch) -> LossSum:
+            self.calls += 1
+            loss = self.inner.loss(batch)
+            self.losses.append(loss.total.item() / loss.num_targets)
+            factor = 10 * sorted(self.losses[:5])[2] / self.losses[-1] if self.calls == 6 else 1.0
+            return LossSum(loss.total * factor, loss.num_targets)
+
+    run = RunFolder.create(tmp_path / "run", {})
+    model = Spiking(tiny.model(0.0))
+    cfg = config(8, spike_guard=spike_guard, spike_window=5, optimizer=OptimizerConfig(learning_rate=1e-4))
+    trainer = tiny.trainer(cfg, model=model, run=run, progress=(progress := Lines()))
+    states, moments = [], []
+
+    def look(record) -> None:
+        states.append(weights(trainer))
+        moments.append({name: value.clone() for name, value in trainer.optimizers.state_tensors().items()})
+
+    trainer.on_step = look
+    result = trainer.fit()
+    (entry,) = [json.loads(line) for line in run.spikes.path.read_text().splitlines()]
+    assert (entry["step"], entry["sample_ids"], entry["is_left_out"]) == (6, ["s20", "s21", "s22", "s23"], spike_guard)
+    assert entry["loss"] / entry["median"] == pytest.approx(10, rel=1e-5)
+    assert entry["median"] == sorted(read_metrics(run.metrics.path)[step].loss for step in range(5))[2]
+    assert torch.equal(states[4], states[5]) is spike_guard
+    assert all(torch.equal(moments[4][name], moments[5][name]) for name in moments[4]) is spike_guard
+    assert not torch.equal(states[5], states[6])
+    assert result.counters.skipped_updates == ({"loss_spike_update": 1} if spike_guard else {})
+    assert [record.skipped.get("loss_spike_update", 0) for record in read_metrics(run.metrics.path)] == (
+        [0] * 5 + [int(spike_guard)] * 3
+    )
+    assert ["10.0 times the median of the last 5" in line for line in progress.lines if "median" in line] == [True]
+
+
+def test_spike_guard_is_off_by_default():
+    assert not config().spike_guard
+
+
+@pytest.mark.parametrize(
+    ("loss", "recent", "is_one"),
+    [
+        (5.1, [1.0, 2.0, 0.5], True),
+        (5.0, [1.0, 2.0, 0.5], False),
+        (99.0, [1.0, 2.0], False),  # too few to tell
+        (99.0, [-1.0, -2.0, -3.0], False),  # no ratio
+        (99.0, [0.0, 0.0, 0.0], False),
+        # Of a longer list, as after a resume with a smaller window, the newest count.
+        (6.0, [9.0, 9.0, 1.0, 1.0, 1.0], True),
+    ],
+)
+def test_is_spike_by_hand(loss, recent, is_one):
+    assert is_spike(loss, recent, config(spike_window=3, spike_ratio=5.0)) is is_one
+    assert not is_spike(loss, recent, config(spike_window=3, spike_ratio=0.0))
+
+
+def test_spikes_that_stay_become_the_new_level():
+    recent, skipped = [1.0] * 4, 0
+    cfg = config(spike_window=4)
+    for _ in range(8):
+        skipped += is_spike(9.0, recent, cfg)
+        recent = with_loss(recent, 9.0, cfg)
+    assert (skipped, recent) == (2, [9.0] * 4)
 
 
 def test_nonfinite_steps_in_a_row_raise(tiny, tmp_path):
@@ -230,7 +329,7 @@ def test_ids_that_are_no_utf8_are_logged(tiny, tmp_path):
     trainer.fit()
     first, _ = read_metrics(run.metrics.path)
     assert first.samples_digest == samples_digest(["\udcff.png"])
-    assert json.loads(run.nonfinite_path.read_text())["sample_ids"] == [r"\udcff.png"]
+    assert json.loads(run.nonfinite.path.read_text())["sample_ids"] == [r"\udcff.png"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,5 +1,6 @@
 """A killed and resumed run is the same run, bit for bit; and the test can fail."""
 
+import dataclasses
 import json
 from typing import Literal
 
@@ -131,6 +132,44 @@ def test_resume_refuses_other_settings_unless_accepted(tiny, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.network.parameters(), strict=True))
     trainer.resume(run.checkpoints()[0], accept_changes=True)
     assert trainer.counters.step == CUT
+
+
+def test_changed_data_pass_by_their_own_wish_and_the_stream_hears_of_it(tiny, tmp_path):
+    run = cut_run(tiny, tmp_path / "cut")
+    heard = []
+
+    class Telling(tiny.stream):
+        def load_state_dict(self, state, *, accept_data_change: bool = False) -> None:
+            heard.append(accept_data_change)
+            super().load_state_dict(state)
+
+    def changed(stream, **settings):
+        cfg = config(**settings)
+        return tiny.trainer(cfg, stream=stream, run=run, with_files=True, stage="sft", data_fingerprint="other")
+
+    changed(Telling((3, 2))).resume(run.checkpoints()[0], accept_data_change=True)
+    changed(tiny.stream((3, 2))).resume(run.checkpoints()[0], accept_data_change=True)
+    assert heard == [True]
+    # It is not a wish for other settings.
+    with pytest.raises(ValueError, match=r"grad_clip: 1\.0 in the checkpoint, 2\.0 now"):
+        changed(Telling(), grad_clip=2.0).resume(run.checkpoints()[0], accept_data_change=True)
+
+
+def test_spike_guard_goes_on_with_the_median_that_it_had(tiny, tmp_path):
+    """And may be switched on where a run is taken up, which is when one wishes for it."""
+    run = cut_run(tiny, tmp_path / "cut")
+    assert state(run)["counters"]["recent_losses"] == [float.fromhex(row[2]) for row in trajectory(run)]
+    cfg = config(spike_guard=True, spike_window=CUT, spike_ratio=2.0)
+    trainer = tiny.trainer(cfg, stream=tiny.stream((3, 2)), run=run, with_files=True, stage="sft")
+    loss = trainer.model.loss
+    trainer.model.loss = lambda batch: dataclasses.replace(loss(batch), total=loss(batch).total * 1e3)
+    trainer.resume(run.checkpoints()[0])
+    trainer.on_step = lambda record: trainer.stop.set()
+    assert trainer.fit().counters.skipped_updates == {"loss_spike_update": 1}
+    # The step will be done again by who resumes from before it: the log of spikes forgets it too.
+    assert json.loads(run.spikes.path.read_text())["step"] == CUT + 1
+    trainer.resume(run.checkpoints()[0])
+    assert run.spikes.path.read_text() == ""
 
 
 def test_resume_refuses_another_stage(tiny, tmp_path):

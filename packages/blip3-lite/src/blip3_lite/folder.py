@@ -3,13 +3,16 @@
 Used for model checkpoints and, with more files in it, for training checkpoints. No pickle: writers write what they get.
 """
 
+import glob
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
+from safetensors import SafetensorError
 
 MANIFEST = "MANIFEST.json"
 
@@ -39,6 +42,62 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class UnfinishedFolder:
+    """A folder whose files are written but not yet on disk for sure; `finish` makes it whole and puts it in its place.
+
+    Nothing that the writers read is needed any more: `finish` works on the files alone, so that another thread may do
+    it while the tensors move on.
+    """
+
+    def __init__(self, path: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+        """Write the files into a temporary folder beside `path`; raises as `write_folder` does."""
+        _check_replaceable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_unfinished(path.parent, glob.escape(path.name))
+        self.path = path
+        self._names = list(writers)
+        self._work = path.parent / f".{path.name}.writing-{os.getpid()}"
+        self._work.mkdir()
+        try:
+            for name, write in writers.items():
+                write(self._work / name)
+        except SafetensorError as error:
+            self.discard()
+            raise _as_os_error(error) from error
+        except BaseException:
+            self.discard()
+            raise
+
+    def finish(self, manifest: Mapping[str, object]) -> None:
+        """Sync the files, write MANIFEST.json last, and rename; a failure removes the temporary folder."""
+        work, path = self._work, self.path
+        replaced = path.parent / f".{path.name}.writing-old"
+        try:
+            files: dict[str, dict[str, object]] = {}
+            for name in self._names:
+                _sync(work / name)
+                files[name] = {"bytes": (work / name).stat().st_size, "sha256": file_sha256(work / name)}
+            body = msgspec.json.format(msgspec.json.encode({**manifest, "files": files}), indent=2)
+            (work / MANIFEST).write_bytes(body)
+            _sync(work / MANIFEST)
+            _sync(work)
+            if path.exists():
+                path.rename(replaced)
+            work.rename(path)
+            _sync(path.parent)
+            # The new folder is in its place: an old one that resists is left to the next writer.
+            shutil.rmtree(replaced, ignore_errors=True)
+        except BaseException:
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove the temporary folder."""
+        shutil.rmtree(self._work, ignore_errors=True)
+
+
 def write_folder(path: Path, writers: Mapping[str, Callable[[Path], object]], manifest: Mapping[str, object]) -> None:
     """Write the files of `writers` (name → function that writes that path) into `path`, all or nothing.
 
@@ -52,37 +111,24 @@ def write_folder(path: Path, writers: Mapping[str, Callable[[Path], object]], ma
         OSError: the disk is full or read-only; `path` is then as it was before, or the new folder where that was
             complete already.
     """
-    _check_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replaced = path.parent / f".{path.name}.writing-old"
-    if replaced.exists() and not path.exists():
-        # A writer died between its two renames: the old folder is the last whole one.
-        replaced.rename(path)
-    for stale in path.parent.glob(f".{path.name}.writing-*"):
-        shutil.rmtree(stale)
-    work = path.parent / f".{path.name}.writing-{os.getpid()}"
-    work.mkdir()
-    try:
-        files: dict[str, dict[str, object]] = {}
-        for name, write in writers.items():
-            write(work / name)
-            _sync(work / name)
-            files[name] = {"bytes": (work / name).stat().st_size, "sha256": file_sha256(work / name)}
-        body = msgspec.json.format(msgspec.json.encode({**manifest, "files": files}), indent=2)
-        (work / MANIFEST).write_bytes(body)
-        _sync(work / MANIFEST)
-        _sync(work)
-        if path.exists():
-            path.rename(replaced)
-        work.rename(path)
-        _sync(path.parent)
-        # The new folder is in its place: an old one that resists is left to the next writer.
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        if replaced.exists() and not path.exists():
+    UnfinishedFolder(path, writers).finish(manifest)
+
+
+def clear_unfinished(parent: Path, name: str = "*") -> None:
+    """Put right what killed writers of `parent`/`name` (a glob pattern) left; no other writer may be at work there."""
+    for replaced in parent.glob(f".{name}.writing-old"):
+        path = parent / replaced.name.removeprefix(".").removesuffix(".writing-old")
+        if not path.exists():
+            # A writer died between its two renames: the old folder is the last whole one.
             replaced.rename(path)
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    for stale in parent.glob(f".{name}.writing-*"):
+        shutil.rmtree(stale)
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """What safetensors says of a full disk is no OSError; its text ends in "(os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _check_replaceable(path: Path) -> None:

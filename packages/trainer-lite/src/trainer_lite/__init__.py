@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .report import Share as Share
     from .run_folder import FoundCheckpoint as FoundCheckpoint
     from .run_folder import RunFolder as RunFolder
+    from .run_folder import SaveError as SaveError
     from .schedule import learning_rate_factor as learning_rate_factor
     from .stop import StopFlag as StopFlag
 
@@ -54,6 +55,7 @@ _HOMES = {
     "QuietProgress": "progress",
     "Report": "report",
     "RunFolder": "run_folder",
+    "SaveError": "run_folder",
     "ScheduleConfig": "config",
     "Share": "report",
     "StepModel": "contract",
@@ -88,6 +90,7 @@ __all__ = [
     "QuietProgress",
     "Report",
     "RunFolder",
+    "SaveError",
     "ScheduleConfig",
     "Share",
     "StepModel",

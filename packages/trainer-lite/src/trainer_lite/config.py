@@ -89,14 +89,26 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Steps between calls of the evaluation callback; 0 never calls it."""
     keep_last: int = 2
     """Checkpoints kept from the middle of a stage; those at a stage's end are always kept."""
+    on_save_error: Literal["stop", "warn"] = "stop"
+    """Where a checkpoint on the way cannot be written: end the run, or say so and go on. The last one ends it."""
     max_nonfinite_steps: int = 5
     """This many steps in a row with a loss or gradient that is not finite end the run."""
+    spike_ratio: float = 5.0
+    """A loss above this many times the median of the last ones is written down with its samples; 0 never is."""
+    spike_window: int = 32
+    """Losses that this median runs over; before there are so many, none counts as a spike."""
+    spike_guard: bool = False
+    """Leave out the update of such a step, as of one that is not finite."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of range."""
-        for name in ("max_steps", "accumulation_steps", "log_every", "keep_last", "max_nonfinite_steps"):
+        counts = ("max_steps", "accumulation_steps", "log_every", "keep_last", "max_nonfinite_steps", "spike_window")
+        for name in counts:
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}", "a whole number >= 1", value, "raise it to at least 1")
         for name in ("save_every", "eval_every", "grad_clip"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}", "a number >= 0", value, "0 turns it off")
+        is_ratio = self.spike_ratio > 1 or (self.spike_ratio == 0 and not self.spike_guard)
+        rule = "a number > 1" if self.spike_guard else "a number > 1, or 0"
+        _require(is_ratio, "train.spike_ratio", rule, self.spike_ratio, "5 leaves ordinary noise alone")

@@ -5,6 +5,7 @@
         for each of accumulation_steps batches:      forward, backward of the SUM over the targets
         divide by the targets of the whole step      (so 4 batches of 1 sample = 1 batch of 4)
         loss or gradient norm not finite?            skip: nothing moves, the ids are kept, too many in a row raise
+        loss far above the last ones?                the ids are kept; with the guard on, skip
         clip once, set the rate, update
         write one line; now and then evaluate, save; stop if somebody asked to
 
@@ -14,8 +15,12 @@ A resumed run continues bit for bit: parameters, moments, random states, counter
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from pathlib import Path
+from statistics import median
 from typing import Generic, Literal
 
 import msgspec
@@ -25,12 +30,14 @@ from torch import Tensor, nn
 from blip3_lite import read_manifest
 from interleave_data import samples_digest
 
+from .background import BackgroundSave
 from .config import TrainConfig
 from .contract import BatchT, ModelFiles, StepModel, Stream
+from .guards import LeftOut, is_spike, left_out, with_loss
 from .metrics import StepRecord, format_count, format_record
 from .optimizer import Optimizers
 from .progress import Progress, QuietProgress
-from .run_folder import RunFolder
+from .run_folder import RunFolder, SaveError
 from .schedule import learning_rate_factor
 from .stop import StopFlag
 from .train_state import (
@@ -104,15 +111,20 @@ class Trainer(Generic[BatchT]):
         self.stop = StopFlag() if stop is None else stop
         self.optimizers = Optimizers(parameters, cfg.optimizer)
         self.counters = Counters()
+        self._saving: BackgroundSave | None = None
+        self._saving_step = 0
         self._device = next(iter(self.optimizers.parameters.values())).device
 
-    def resume(self, folder: Path, *, accept_changes: bool = False) -> None:
+    def resume(self, folder: Path, *, accept_changes: bool = False, accept_data_change: bool = False) -> None:
         """Continue from a checkpoint folder; its files are compared with its manifest first.
+
+        accept_data_change: hand this wish on to a stream whose `load_state_dict` has a keyword of this name; it decides
+        which places in the data start anew, and says so.
 
         Raises:
             CheckpointError: the folder is half-written or damaged.
-            ValueError: it belongs to another stage, other data or other settings (the last two pass with
-                `accept_changes`), or to other parameters. Do not train on after an error.
+            ValueError: it belongs to another stage, other data (passes with `accept_data_change`), other settings (both
+                pass with `accept_changes`), or to other parameters. Do not train on after an error.
         """
         if self.files is None:
             raise ValueError("resume: expected a Trainer with files, got none; they load the model's weights")
@@ -129,7 +141,7 @@ class Trainer(Generic[BatchT]):
                 "resume with the freeze plan and the adapters that wrote it"
             )
         differences = config_differences(saved.config, self.cfg)
-        if saved.data_fingerprint != self.data_fingerprint:
+        if saved.data_fingerprint != self.data_fingerprint and not accept_data_change:
             differences.append(f"data: {saved.data_fingerprint!r} in the checkpoint, {self.data_fingerprint!r} now")
         if differences and not accept_changes:
             raise ValueError(
@@ -138,9 +150,13 @@ class Trainer(Generic[BatchT]):
             )
         self.files.load(folder)
         self.counters = saved.counters
-        self.stream.load_state_dict(saved.stream)
+        if accept_data_change and "accept_data_change" in signature(self.stream.load_state_dict).parameters:
+            load_state: Callable[..., None] = self.stream.load_state_dict
+            load_state(saved.stream, accept_data_change=True)
+        else:
+            self.stream.load_state_dict(saved.stream)
         if self.run is not None:
-            self.run.metrics.rewind(self.stage, saved.counters.step)
+            self.run.rewind(self.stage, saved.counters.step)
         # Last, so that nothing above can draw from the restored generators.
         load_tensors(folder, saved.parameters, self.optimizers)
 
@@ -149,6 +165,7 @@ class Trainer(Generic[BatchT]):
 
         Raises:
             NonFiniteError: max_nonfinite_steps steps in a row were not finite.
+            SaveError: a checkpoint could not be written: the last one, or one on the way under `on_save_error="stop"`.
             ValueError: the model breaks the contract of `LossSum`.
         """
         cfg = self.cfg
@@ -156,7 +173,6 @@ class Trainer(Generic[BatchT]):
             torch.manual_seed(cfg.seed)  # pyright: ignore[reportUnknownMemberType]
         reason: Literal["max_steps", "stream_end", "stopped"] = "max_steps"
         record: StepRecord | None = None
-        checkpoint: Path | None = None
         batches = iter(self.stream)
         self.progress.start(self.stage, cfg.max_steps, self.counters.step)
         try:
@@ -165,17 +181,24 @@ class Trainer(Generic[BatchT]):
                     if self.stop.is_set:
                         reason = "stopped"
                         break
-                    checkpoint = None
                     if (next_record := self._step(batches)) is None:
                         reason = "stream_end"
                         break
                     record = next_record
                     is_due = cfg.save_every > 0 and self.counters.step % cfg.save_every == 0
                     if is_due and self.counters.step < cfg.max_steps:
-                        checkpoint = self._save(is_kept=False)
-                # A stage's end is kept for good; a stopped one only waits to be resumed.
-                if checkpoint is None or reason != "stopped":
-                    checkpoint = self._save(is_kept=reason != "stopped")
+                        self._save_on_the_way()
+                    elif self._saving is not None and self._saving.is_done:
+                        self._end_saving()
+                checkpoint = self._save_at_the_end(reason)
+        except KeyboardInterrupt:
+            # Who asks twice does not want to wait.
+            raise
+        except BaseException:
+            # Let the last good checkpoint become whole; the error at hand says more than one of its own.
+            with suppress(SaveError):
+                self._end_saving()
+            raise
         finally:
             self.progress.close()
         return FitResult(reason, msgspec.structs.replace(self.counters), record, checkpoint)
@@ -195,18 +218,17 @@ class Trainer(Generic[BatchT]):
         grad_norm = raw_norm / max(1, update.num_targets)
 
         factor = learning_rate_factor(counters.updates, cfg.max_steps, cfg.schedule)
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if not is_finite:
-            self._count_skipped("non_finite_update")
-            self._keep_ids(update, loss, grad_norm)
-            counters.nonfinite_in_a_row += 1
-        elif update.num_targets == 0:
-            self._count_skipped("no_target_update")
-            counters.nonfinite_in_a_row = 0
-        else:
+        reason = left_out(loss, grad_norm, update.num_targets, counters.recent_losses, cfg)
+        self._note_suspects(update, loss, grad_norm, reason)
+        if reason is None:
             self._apply(gradients, grad_norm, update.num_targets, factor)
             counters.updates += 1
-            counters.nonfinite_in_a_row = 0
+        else:
+            skipped = counters.skipped_updates
+            counters.skipped_updates = {**skipped, reason: skipped.get(reason, 0) + 1}
+        counters.nonfinite_in_a_row = counters.nonfinite_in_a_row + 1 if reason == "non_finite_update" else 0
+        if math.isfinite(loss) and update.num_targets > 0:
+            counters.recent_losses = with_loss(counters.recent_losses, loss, cfg)
         counters.step += 1
         counters.tokens += update.num_tokens
         counters.targets += update.num_targets
@@ -225,6 +247,7 @@ class Trainer(Generic[BatchT]):
             samples_digest=samples_digest(update.sample_ids),
             skipped={**self.stream.skipped, **counters.skipped_updates},
             parts={name: value / update.num_targets for name, value in update.parts.items()},
+            failed_saves=counters.failed_saves,
             evaluation=self._evaluation(),
         )
         self._log(record)
@@ -232,7 +255,7 @@ class Trainer(Generic[BatchT]):
             raise NonFiniteError(
                 f"stage {self.stage!r}, step {counters.step}: expected a finite loss and gradient, got loss {loss}, "
                 f"gradient norm {grad_norm}, {counters.nonfinite_in_a_row} steps in a row; lower the learning rate or "
-                f"look at the samples in {self.run.nonfinite_path if self.run else 'the last batches'}"
+                f"look at the samples in {self.run.nonfinite.path if self.run else 'the last batches'}"
             )
         return record
 
@@ -277,37 +300,85 @@ class Trainer(Generic[BatchT]):
         with torch.random.fork_rng(devices), torch.no_grad():  # pyright: ignore[reportUnknownMemberType]
             return dict(self.evaluate(self.counters.step))
 
-    def _count_skipped(self, reason: str) -> None:
-        skipped = self.counters.skipped_updates
-        self.counters.skipped_updates = {**skipped, reason: skipped.get(reason, 0) + 1}
-
-    def _keep_ids(self, update: UpdateSum, loss: float, grad_norm: float) -> None:
-        if self.run is not None:
-            entry = {
-                "stage": self.stage,
-                "step": self.counters.step + 1,
-                "loss": str(loss),
-                "grad_norm": str(grad_norm),
-                # A file name that is no UTF-8 holds surrogates, which JSON cannot.
-                "sample_ids": [name.encode("utf-8", "backslashreplace").decode() for name in update.sample_ids],
-            }
-            with self.run.nonfinite_path.open("ab") as file:
-                file.write(msgspec.json.encode(entry) + b"\n")
+    def _note_suspects(self, update: UpdateSum, loss: float, grad_norm: float, reason: LeftOut | None) -> None:
+        """Write down the samples of a step that is not finite, or of a spike, whether it is left out or not."""
+        if self.run is None:
+            return
+        step, recent = self.counters.step + 1, self.counters.recent_losses
+        if reason == "non_finite_update":
+            figures: dict[str, float | bool] = {"loss": loss, "grad_norm": grad_norm}
+            self.run.nonfinite.append(self.stage, step, update.sample_ids, figures)
+        elif update.num_targets > 0 and is_spike(loss, recent, self.cfg):
+            is_left_out = reason == "loss_spike_update"
+            figures = {"loss": loss, "median": median(recent), "grad_norm": grad_norm, "is_left_out": is_left_out}
+            self.run.spikes.append(self.stage, step, update.sample_ids, figures)
+            self.progress.line(
+                f"{self.stage} {step}: loss {loss:.4f} is {loss / median(recent):.1f} times the median of the last "
+                f"{len(recent)}{', the update is left out' if is_left_out else ''}; samples in {self.run.spikes.path}"
+            )
 
     def _log(self, record: StepRecord) -> None:
         if self.run is not None:
-            self.run.metrics.append(record)
+            try:
+                self.run.metrics.append(record)
+            except OSError as error:
+                # The line waits for the next one; what is sure to be on disk is asked before a checkpoint is written.
+                if self.cfg.on_save_error == "stop":
+                    raise
+                self.progress.line(f"warning: {self.run.metrics.path}: {error.strerror}; the line waits")
         self.progress.advance(f"loss {record.loss:.3f} {format_count(record.tokens_per_s)} tok/s")
         if record.step % self.cfg.log_every == 0 or record.step == self.cfg.max_steps:
             self.progress.line(format_record(record, self.cfg.max_steps))
         if self.on_step is not None:
             self.on_step(record)
 
-    def _save(self, is_kept: bool) -> Path | None:
+    def _save_on_the_way(self) -> None:
+        """Write a checkpoint's files now and let a thread make it whole, after the one before is whole."""
+        self._end_saving()
+        try:
+            finish = self._begin_save(is_kept=False)
+        except SaveError as error:
+            self._bear(error)
+        else:
+            self._saving, self._saving_step = BackgroundSave(finish), self.counters.step
+
+    def _end_saving(self) -> Path | None:
+        """Wait for the checkpoint that is being written, if there is one; return it if it became whole."""
+        if self._saving is None:
+            return None
+        saving, self._saving = self._saving, None
+        try:
+            return saving.wait()
+        except SaveError as error:
+            self._bear(error)
+            return None
+
+    def _bear(self, error: SaveError) -> None:
+        if self.cfg.on_save_error == "stop":
+            raise error
+        self.counters.failed_saves += 1
+        self.progress.line(f"warning: {error}; going on without it")
+
+    def _save_at_the_end(self, reason: Literal["max_steps", "stream_end", "stopped"]) -> Path | None:
+        """Leave a checkpoint of the last step; None if no step has been made."""
+        newest = self._end_saving()
+        if self.run is not None:
+            self.run.metrics.sync()
         # Before the first step the folder of this number is the end of the stage before.
         if self.run is None or self.files is None or self.counters.step == 0:
             return None
-        self.run.metrics.sync()
+        if reason == "stopped" and newest is not None and self._saving_step == self.counters.step:
+            return newest
+        # A stage's end is kept for good; a stopped one only waits to be resumed.
+        return self._begin_save(is_kept=reason != "stopped")()
+
+    def _begin_save(self, is_kept: bool) -> Callable[[], Path]:
+        assert self.run is not None
+        assert self.files is not None
+        try:
+            self.run.metrics.sync()
+        except OSError as error:
+            raise SaveError(f"{self.run.metrics.path}: expected to write it, got: {error}; make room") from error
         state = SavedState(
             stage=self.stage,
             counters=self.counters,
@@ -323,4 +394,6 @@ class Trainer(Generic[BatchT]):
             "is_kept": is_kept,
         }
         writers = {**self.files.writers(), **state_writers(state, self.optimizers)}
-        return self.run.save_checkpoint(self.first_step + self.counters.step, writers, manifest, self.cfg.keep_last)
+        step = self.first_step + self.counters.step
+        finish = self.run.begin_checkpoint(step, writers, self.optimizers.num_bytes)
+        return partial(finish, manifest, self.cfg.keep_last)

@@ -1,5 +1,6 @@
 """metrics.jsonl: one line per optimiser step, whole or absent, without steps told twice after a resume."""
 
+import errno
 import math
 import os
 from collections.abc import Iterator
@@ -30,9 +31,11 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     samples_digest: str
     """`interleave_data.samples_digest` of the ids in the order in which the model saw them."""
     skipped: dict[str, int]
-    """Left out so far in this stage, by reason: samples, and whole updates (non_finite_update, no_target_update)."""
+    """Left out so far in this stage, by reason: samples, and whole updates (see `guards.LeftOut`)."""
     parts: dict[str, float] = {}
     """Further means from the model."""
+    failed_saves: int = 0
+    """Checkpoints on the way that could not be written so far."""
     evaluation: dict[str, float] = {}
     """What the evaluation callback returned at this step."""
 
@@ -66,14 +69,32 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting = b""
 
     def append(self, record: StepRecord) -> None:
-        """Write one line in one call, so that a kill leaves at most one cut line at the end."""
-        with self.path.open("ab") as file:
-            file.write(msgspec.json.encode(record) + b"\n")
+        """Write one line in one call, so that a kill leaves at most one cut line at the end.
+
+        Raises:
+            OSError: the disk is full; the line waits for the next call, and the file is as it was.
+        """
+        self._waiting += msgspec.json.encode(record) + b"\n"
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(self._waiting) < len(self._waiting):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(end)
+                raise
+        self._waiting = b""
 
     def sync(self) -> None:
         """Wait until all lines are on disk."""
+        if self._waiting:
+            self._write_waiting()
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -84,6 +105,7 @@ class MetricsLog:
         Raises:
             ValueError: a line that is no record, with its number.
         """
+        self._waiting = b""
         if not self.path.exists():
             return
         kept: list[bytes] = []

@@ -75,6 +75,7 @@ class Optimizers:
         named = dict(named_parameters)
         self.groups = group_parameters(named, cfg)
         self.parameters = {name: param for name, param in named.items() if param.requires_grad}
+        self._model_bytes = sum(param.nbytes for param in named.values())
         self._optimizers: list[torch.optim.Optimizer] = []
         adamw = [self._torch_group(group) for group in self.groups if group.kind == "adamw"]
         muon = [self._torch_group(group) for group in self.groups if group.kind == "muon"]
@@ -90,6 +91,11 @@ class Optimizers:
         params = [self.parameters[name] for name in group.names]
         rate = group.learning_rate
         return {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": group.weight_decay}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parameters, the frozen ones too, and of the state."""
+        return self._model_bytes + sum(value.nbytes for value in self.state_tensors().values())
 
     def set_factor(self, factor: float) -> None:
         """Set every group's rate to `factor` times its peak."""

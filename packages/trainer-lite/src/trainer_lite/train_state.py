@@ -29,6 +29,10 @@ class Counters(msgspec.Struct, kw_only=True):
     """Steps that moved the parameters; the learning rate is a function of this."""
     nonfinite_in_a_row: int = 0
     skipped_updates: dict[str, int] = {}
+    recent_losses: list[float] = []
+    """The losses that the median of the spike guard runs over, oldest first."""
+    failed_saves: int = 0
+    """Checkpoints on the way that could not be written."""
     tokens: int = 0
     targets: int = 0
     wall_s: float = 0.0
@@ -135,7 +139,18 @@ def load_tensors(folder: Path, parameters: Mapping[str, list[str]], optimizers: 
     set_rng_state(load_file(folder / RNG_FILE))
 
 
-_FREE_TO_CHANGE = ("log_every", "save_every", "eval_every", "keep_last", "max_nonfinite_steps")
+_FREE_TO_CHANGE = (
+    "log_every",
+    "save_every",
+    "eval_every",
+    "keep_last",
+    "on_save_error",
+    "max_nonfinite_steps",
+    # What goes back to before a spike wants to pass it this time.
+    "spike_ratio",
+    "spike_window",
+    "spike_guard",
+)
 
 
 def config_differences(saved: TrainConfig, current: TrainConfig) -> list[str]:

@@ -1,0 +1,161 @@
+"""`apps/train` under signals, with pictures, packing and a mixture: no place is lost, each end has its status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+
+def course(folder: Path) -> list[tuple[int, str, str]]:
+    """The last line of each step: what must be equal."""
+    last = {line["step"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    return [(step, last[step]["loss_hex"], last[step]["samples_digest"]) for step in sorted(last)]
+
+
+@pytest.fixture(scope="session")
+def mixed_data(llava_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources, 3 to 1: conversations with pictures, and the same without their first two, one picture missing."""
+    rows = json.loads((llava_data.parent / "train.json").read_text())
+    folder = tmp_path_factory.mktemp("mixed")
+    rows[3]["image"] = "nowhere.png"
+    (folder / "other.json").write_text(json.dumps(rows[2:]))
+    other = f'[[sources]]\nname = "other"\nformat = "llava-json"\npath = "{folder}/other.json"\n'
+    other += f'image_root = "{llava_data.parent}"\nratio = 1\n[skip_limits]\nmax_share = 0.5\n'
+    file = folder / "data.toml"
+    file.write_text(llava_data.read_text() + "ratio = 3\n" + other)
+    return file
+
+
+@pytest.fixture
+def command(toy_flags, mixed_data: Path) -> list[str]:
+    steps = ["--max-steps", "16", "--checkpoint-every", "2", "--max-samples", "3", "--spike-window", "4"]
+    return ["sft", "--data", str(mixed_data), *toy_flags, *steps]
+
+
+def killed(repo_root: Path, folder: Path, arguments: Sequence[str], kills: Sequence[str], seed: int) -> list[dict]:
+    request = json.dumps({"arguments": arguments, "kills": kills, "seed": seed})
+    script, program = repo_root / "tests/trainer_lite/kill_runs.py", repo_root / "tests/apps/train_program.py"
+    done = subprocess.run(
+        [sys.executable, script, program, folder, request], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("kills", "seed"),
+    [
+        (["startup", "calls", "startup", "disk", "calls"], 1),
+        pytest.param(["startup"] * 20, 2, marks=pytest.mark.nightly),
+        pytest.param(["calls", "disk", "startup"] * 10, 3, marks=pytest.mark.nightly),
+    ],
+)
+def test_the_same_command_after_each_kill_ends_as_if_there_had_been_none(
+    repo_root: Path, tmp_path: Path, command: list[str], kills: list[str], seed: int
+) -> None:
+    if len(kills) > 5:
+        command += ["--max-steps", "200"]
+    attempts = killed(repo_root, tmp_path, command, kills, seed)
+    assert [attempt["status"] for attempt in attempts] == [-9] * len(kills) + [0]
+    assert [attempt["refused"] for attempt in attempts[:-1]] == [[]] * len(kills)
+    assert attempts[-1]["temporary"] == []
+    whole = course(tmp_path / "whole")
+    assert len(whole) >= 16
+    assert course(tmp_path / "killed") == whole
+    weights = [next((tmp_path / name).glob("checkpoints/*16/model.safetensors")) for name in ("whole", "killed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def signal_at(monkeypatch, step: int, *numbers: int) -> None:
+    """Let this process get signals while it makes that step."""
+    from trainer_lite import MetricsLog
+
+    append = MetricsLog.append
+
+    def append_and_signal(self, record) -> None:
+        append(self, record)
+        if record.step == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(MetricsLog, "append", append_and_signal)
+
+
+def test_sigterm_saves_exits_143_and_the_run_goes_on(
+    train, tmp_path: Path, command: list[str], monkeypatch, capsys
+) -> None:
+    command += ["--max-steps", "6", "--checkpoint-every", "4"]
+    assert train(*command, "--out", "whole") == 0
+    with monkeypatch.context() as patched:
+        signal_at(patched, 3, signal.SIGTERM)
+        assert train(*command, "--out", "mine") == 143
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "mine/checkpoints/step-00000003/MANIFEST.json").is_file()
+    with monkeypatch.context() as patched:
+        # The second one does not wait for a checkpoint.
+        signal_at(patched, 4, signal.SIGTERM, signal.SIGTERM)
+        assert train(*command, "--out", "mine", "--resume", "auto") == 143
+    assert (tmp_path / "mine/checkpoints/latest").read_text() == "step-00000003\n"
+    assert train(*command, "--out", "mine", "--resume", "auto") == 0
+    assert course(tmp_path / "mine") == course(tmp_path / "whole")
+    assert len(course(tmp_path / "mine")) == 6
+
+
+def test_resume_auto_passes_over_what_is_damaged_and_a_named_one_is_taken(
+    train, tmp_path: Path, command: list[str], capsys
+) -> None:
+    command += ["--max-steps", "4", "--checkpoint-every", "1", "--out", "mine"]
+    assert train(*command, "--resume", "auto", "--keep-last", "9") == 0
+    whole = course(tmp_path / "mine")
+    saved = json.loads((tmp_path / "mine/config.json").read_text())["config"]
+    assert (saved["resume"], saved["stage"]["train"]["save_every"]) == (None, 1)
+    file = tmp_path / "mine/checkpoints/step-00000004/optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert train(*command, "--resume=auto", "--keep-last", "9") == 0
+    said = capsys.readouterr().err
+    assert "warning: passed over: checkpoint mine/checkpoints/step-00000004: damaged: optimizer.safetensors" in said
+    assert "going on from mine/checkpoints/step-00000003, behind step 3" in said
+    assert course(tmp_path / "mine") == whole
+    assert train(*command, "--resume", "mine/checkpoints/step-00000002") == 0
+    assert "going on from mine/checkpoints/step-00000002, behind step 2" in capsys.readouterr().err
+    assert course(tmp_path / "mine") == whole
+    for wish, hint in (("newst", "expected auto, newest or a folder in mine/checkpoints, got newst"), ("", "got ;")):
+        assert train(*command, "--resume", wish) == 2
+        assert hint in capsys.readouterr().err
+
+
+def test_full_disk_has_status_4_and_too_many_steps_that_are_not_finite_5(
+    train, tmp_path: Path, command: list[str], monkeypatch, capsys
+) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        assert train(*command, "--out", "full") == 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert "train: checkpoint full/checkpoints/step-00000002: expected to write " in said
+    assert "File too large" in said
+    assert train(*command, "--out", "bad", "--optimizer.learning-rate", "1e30", "--max-nonfinite-steps", "2") == 5
+    assert "2 steps in a row; lower the learning rate" in capsys.readouterr().err
+
+
+def test_a_run_that_is_at_work_is_bad_input(train, tmp_path: Path, command: list[str], capsys) -> None:
+    command += ["--max-steps", "1", "--out", "mine"]
+    assert train(*command) == 0
+    code = "import sys; from trainer_lite import RunFolder; run = RunFolder.reopen('mine'); print(); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert train(*command, "--resume", "auto") == 2
+        other.kill()
+    assert "expected no process at work there, got one that still is" in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""Kill a run at any moment, resume it, and nothing shows; and the comparison can fail."""
+
+import json
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+import trainer_lite.train_state
+from trainer_lite import Optimizers, read_metrics
+
+HERE = Path(__file__).parent
+# The program that the children run, too.
+_spec = spec_from_file_location("tiny_run", HERE / "tiny_run.py")
+assert _spec is not None
+assert _spec.loader is not None
+tiny_run = sys.modules["tiny_run"] = module_from_spec(_spec)
+_spec.loader.exec_module(tiny_run)
+settings, trainer = tiny_run.settings, tiny_run.trainer
+
+
+def course(folder: Path) -> list[tuple[int, str, str, float]]:
+    """The last line of each step: what must be equal."""
+    last = {record.step: record for record in read_metrics(folder / "metrics.jsonl")}
+    return [(step, last[step].loss_hex, last[step].samples_digest, last[step].lr) for step in sorted(last)]
+
+
+def killed(tmp_path: Path, max_steps: int, save_every: int, kills: list[str], seed: int) -> list[dict]:
+    request = {"arguments": [str(max_steps), str(save_every)], "kills": kills, "seed": seed}
+    command = [sys.executable, HERE / "kill_runs.py", HERE / "tiny_run.py", tmp_path, json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check_kills(tmp_path: Path, attempts: list[dict], max_steps: int, save_every: int) -> None:
+    assert [attempt["status"] for attempt in attempts] == [-9] * (len(attempts) - 1) + [0]
+    for attempt in attempts[:-1]:
+        assert attempt["refused"] == []
+        # The checkpoint that the kill interrupted, and those steps that were made while it became whole.
+        assert attempt["step"] - attempt["resumes_at"] <= 2 * save_every
+    assert attempts[-1]["temporary"] == []
+    whole = course(tmp_path / "whole")
+    assert len(whole) == max_steps
+    assert course(tmp_path / "killed") == whole == course(tmp_path / "again")
+    ends = [tmp_path / name / f"checkpoints/step-{max_steps:08d}" for name in ("whole", "killed")]
+    for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+
+
+def test_five_kills_do_not_show(tmp_path: Path) -> None:
+    attempts = killed(tmp_path, max_steps=60, save_every=3, kills=["calls", "disk"] * 2 + ["calls"], seed=1)
+    check_kills(tmp_path, attempts, max_steps=60, save_every=3)
+    assert any(attempt["resumes_at"] > 0 for attempt in attempts[:-1])
+    # One of them hit a save: it left a folder that is not whole, which nobody took for a checkpoint.
+    assert any(attempt["temporary"] for attempt in attempts[:-1])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", [2, 3])
+def test_thirty_kills_do_not_show(tmp_path: Path, seed: int) -> None:
+    attempts = killed(tmp_path, max_steps=600, save_every=3, kills=["calls", "disk"] * 15, seed=seed)
+    check_kills(tmp_path, attempts, max_steps=600, save_every=3)
+
+
+def stop_behind(folder: Path, cfg, *steps: int, **more) -> None:
+    """Run and stop behind each of `steps` in turn; the same step again means: save at once."""
+    for step in steps:
+        made = trainer(folder, cfg, **more)
+        made.on_step = lambda record, made=made, step=step: made.stop.set() if record.step >= step else None
+        if made.counters.step >= step:
+            made.stop.set()
+        assert made.fit().counters.step == step
+
+
+def emptied(state: object, name: str) -> int:
+    """Empty every list of that name in a nested state; return how many things were thrown away."""
+    if not isinstance(state, dict):
+        return 0
+    thrown = sum(emptied(part, name) for part in state.values())
+    if isinstance(state.get(name), list):
+        thrown += len(state[name])
+        state[name] = []
+    return thrown
+
+
+@pytest.mark.parametrize("omitted", ["nothing", "random states", "optimiser", "stream", "waiting samples", "schedule"])
+def test_resume_without_a_part_shows(tmp_path: Path, monkeypatch, omitted: str) -> None:
+    cfg = settings(max_steps=20, save_every=0)
+    trainer(tmp_path / "whole", cfg).fit()
+    whole = course(tmp_path / "whole")
+    stop_behind(tmp_path / "cut", cfg, 9)
+    # What stands in the checkpoint is loaded a second time without the part.
+    if omitted == "random states":
+        monkeypatch.setattr(trainer_lite.train_state, "set_rng_state", lambda states: torch.manual_seed(5))
+    if omitted == "optimiser":
+        monkeypatch.setattr(Optimizers, "load_state_tensors", lambda self, tensors: None)
+    if omitted == "stream":
+        monkeypatch.setattr(tiny_run.RowStream, "load_state_dict", lambda self, state: None)
+    if omitted == "waiting samples":
+        load = tiny_run.RowStream.load_state_dict
+
+        def load_without(self, state: dict) -> None:
+            assert emptied(state, "waiting") > 0
+            load(self, state)
+
+        monkeypatch.setattr(tiny_run.RowStream, "load_state_dict", load_without)
+    made = trainer(tmp_path / "cut", cfg)
+    if omitted == "schedule":
+        made.counters.updates = 0
+    made.fit()
+    got = course(tmp_path / "cut")
+    assert [row[0] for row in got] == [row[0] for row in whole]
+    assert got[:9] == whole[:9]
+    assert (got == whole) is (omitted == "nothing")
+    is_other_order = [row[2] for row in got] != [row[2] for row in whole]
+    assert is_other_order is (omitted in ("stream", "waiting samples"))
+
+
+def test_resume_at_an_epochs_end_twice_in_one_and_at_once(tmp_path: Path) -> None:
+    # 24 + 8 samples: an epoch of the first source ends every few steps, and stops fall on, before and behind its end.
+    cfg = settings(max_steps=16, save_every=0)
+    made = trainer(tmp_path / "whole", cfg, num_samples=24)
+    made.fit()
+    assert made.counters.tokens > 4 * 24 * 5
+    whole = course(tmp_path / "whole")
+    for stops in [[step] for step in range(1, 16)] + [[3, 4, 5], [7, 7, 7, 12]]:
+        folder = tmp_path / "-".join(map(str, stops))
+        stop_behind(folder, cfg, *stops, num_samples=24)
+        trainer(folder, cfg, num_samples=24).fit()
+        assert course(folder) == whole, stops
