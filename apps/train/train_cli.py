@@ -28,6 +28,8 @@ FREE_ON_RESUME = (
     "data",
     "eval_questions",
     "feature_cache_mb",
+    "stage.num_workers",
+    "stage.data_timeout_s",
     "stage.train.log_every",
     "stage.train.save_every",
     "stage.train.keep_last",

@@ -44,15 +44,30 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     views: Literal["tiles", "base"] = "tiles"
     """Images as the model's tiling cuts them, or as one base view each."""
     max_tokens: int = 4096
-    """Longest pack in tokens, image tokens included; longer samples are skipped and counted."""
+    """Longest pack in tokens, image tokens included."""
+    max_tiles: int | None = None
+    """Most tiles of a pack's pictures, which bounds what they weigh; None for as many as its tokens allow."""
     max_samples: int | None = None
     """Most samples in a pack; None for as many as fit."""
+    too_long: Literal["drop", "truncate-text", "error"] = "drop"
+    """What becomes of a sample larger than a pack: left out and counted as too_long; cut where the pack is full, but
+    never inside a picture, and counted as truncated; or the end of the run."""
+    num_workers: int = 0
+    """Processes that read, decode and tile ahead of the step; 0 does it in between, which is enough for drawn pictures.
+    Batches are the same for any number."""
+    data_timeout_s: float = 600.0
+    """Longest wait for a worker's pack; then the run ends and says what was being read."""
     world_samples: int = 2000
     """Samples drawn from the embedded world where no data file is given; they repeat after that many."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _require_at_least(1, self, "max_tokens", "world_samples")
+        _require_at_least(0, self, "num_workers")
+        if self.max_tiles is not None:
+            _require_at_least(1, self, "max_tiles")
+        if not self.data_timeout_s > 0:
+            raise ValueError(f"data_timeout_s: expected above 0, got {self.data_timeout_s}; use several minutes")
         if self.max_samples is not None and not 1 <= self.max_samples <= MAX_SAMPLES_IN_A_PACK:
             raise ValueError(
                 f"max_samples: expected 1 to {MAX_SAMPLES_IN_A_PACK}, got {self.max_samples}; "

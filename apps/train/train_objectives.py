@@ -1,13 +1,11 @@
 """What the loop minimises: next-token prediction, or preference between two answers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blip3_lite import Blip3, EncodedSample, PackedBatch
-from blip3_lite.generation import Collate
 from dpo_lite import DpoConfig, ReferenceCache, dpo_loss, sequence_log_probs, side_by_side, split_pairs
 from fused_kernels import linear_log_probs
 from lora_lite import disabled
@@ -37,10 +35,18 @@ class SamplePair:
         """Positions of both sequences."""
         return self.chosen.length + self.rejected.length
 
+    @property
+    def documents(self) -> list[EncodedSample]:
+        """Both sequences, in the order that the loss asks for."""
+        return side_by_side([(self.chosen, self.rejected)])
+
 
 @dataclass(frozen=True)
 class PairPack:
-    """Preference pairs as 2b documents, in the order of `dpo_lite.side_by_side`."""
+    """Preference pairs as 2b documents, in the order of `dpo_lite.side_by_side`.
+
+    The two of a pair have the same tiles, so kept features are looked up once a tile.
+    """
 
     sample_ids: list[str]
     pack: PackedBatch
@@ -54,11 +60,6 @@ class PairPack:
     def num_tokens(self) -> int:
         """Positions computed."""
         return self.pack.num_tokens
-
-
-def collate_pairs(pairs: Sequence[SamplePair], ids: Sequence[str], collate_samples: Collate) -> PairPack:
-    """Pack pairs; their tiles are equal, so kept features are looked up once a tile."""
-    return PairPack(list(ids), collate_samples(side_by_side([(pair.chosen, pair.rejected) for pair in pairs])))
 
 
 class Preference:

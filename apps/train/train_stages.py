@@ -4,21 +4,22 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
 
 import lora_lite
-from blip3_lite import Blip3, EncodedSample, FeatureCache, Processor, collate
+from blip3_lite import Blip3, EncodedSample, FeatureCache, PackedBatch, Processor, collate
 from blip3_lite.checkpoint import WEIGHTS, load_tensors, model_writers
-from blip3_lite.generation import Collate
 from fused_kernels import backend_report
 from interleave_data import (
-    Batch,
+    Encoder,
     ImageLimits,
+    PlanConfig,
     PreferenceSample,
     Sample,
+    Size,
     SkipCounter,
     SkipLimits,
     SkipReason,
@@ -29,7 +30,7 @@ from interleave_data import (
     open_sources,
 )
 from train_config import StageConfig
-from train_objectives import NextToken, Preference, SamplePair, collate_pairs
+from train_objectives import NextToken, PairPack, Preference, SamplePair
 from trainer_lite import FitResult, Progress, RunFolder, StopFlag, Trainer
 
 IMAGE_CACHE_BYTES = 3 << 27
@@ -45,6 +46,9 @@ class StageData:
 
     sources: Sequence[Source]
     ratios: Sequence[float] | None = None
+    ratio_unit: Literal["samples", "tokens"] = "samples"
+    epochs: Sequence[float | None] | None = None
+    group_by_length: bool = False
     skip_limits: SkipLimits = field(default_factory=SkipLimits)
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 
@@ -62,25 +66,89 @@ def data_of_file(path: str) -> StageData:
         ValueError: the file or a source of it cannot be used.
     """
     file = load_data_file(path)
-    return StageData(open_sources(file), [source.ratio for source in file.sources], file.skip_limits, file.image_limits)
+    return StageData(
+        open_sources(file),
+        [source.ratio for source in file.sources],
+        ratio_unit=file.ratio_unit,
+        group_by_length=file.group_by_length,
+        skip_limits=file.skip_limits,
+        image_limits=file.image_limits,
+    )
+
+
+class StageEncoder(Encoder[EncodedSample | SamplePair, Any]):
+    """Samples as a stage takes them, here or in a worker: sizes, ids and tiles, and packs as arrays.
+
+    `is_collated`: packs come as one batch; else sample by sample, for whoever looks features up before collating.
+    """
+
+    def __init__(self, processor: Processor, objective: Literal["next_token", "preference"], is_collated: bool) -> None:
+        self.processor, self.objective, self.is_collated = processor, objective, is_collated
+
+    def measure(self, sample: Sample | PreferenceSample, limit: Size | None = None, /) -> Size:
+        """Exact size without a pixel."""
+        self._check_kind(sample)
+        return self.processor.measure(sample, limit)
+
+    def encode(self, sample: Sample | PreferenceSample, limit: Size | None = None, /) -> EncodedSample | SamplePair:
+        """Encode a sample or a preference pair."""
+        self._check_kind(sample)
+        if isinstance(sample, PreferenceSample):
+            return SamplePair(*self.processor.encode_preference(sample))
+        return self.processor.encode(sample, limit)
+
+    def collate(self, items: Sequence[EncodedSample | SamplePair], ids: Sequence[str], /) -> object:
+        """The pack as plain data, without the names, which the stream has; None for an empty one."""
+        if not items:
+            return None
+        samples = [part for item in items for part in ([item] if isinstance(item, EncodedSample) else item.documents)]
+        if self.is_collated:
+            return replace(collate(samples), sample_ids=[]).to_arrays()
+        return [replace(sample, id="", source="").to_arrays() for sample in samples]
+
+    def start_worker(self) -> None:
+        """One thread a worker: there are enough workers to keep the cores busy."""
+        torch.set_num_threads(1)
+
+    def _check_kind(self, sample: Sample | PreferenceSample) -> None:
+        if isinstance(sample, PreferenceSample) != (self.objective == "preference"):
+            expected = "a preference pair" if self.objective == "preference" else "a document or conversation"
+            raise SkipSample(
+                SkipReason.BAD_RECORD, f"expected {expected} for the objective {self.objective}, got another kind"
+            )
 
 
 class PackStream:
     """Batches of the data stream as the model takes them; the state is the data stream's."""
 
-    def __init__(self, stream: Stream[Any], collate_batch: Callable[[Batch[Any]], Any]) -> None:
-        self._stream = stream
-        self._collate = collate_batch
+    def __init__(
+        self,
+        stream: Stream[Any, Any],
+        objective: Literal["next_token", "preference"],
+        features: FeatureCache | None,
+        *,
+        accept_data_change: bool = False,
+    ) -> None:
+        self._stream, self._objective, self._features = stream, objective, features
+        self._accept_data_change = accept_data_change
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Samples left out so far, by reason."""
-        return self._stream.skips.by_reason()
+        """Samples left out so far, by reason, and those that were kept but cut."""
+        truncated = self._stream.skips.num_truncated
+        return {**self._stream.skips.by_reason(), **({"truncated": truncated} if truncated else {})}
 
     def __iter__(self) -> Iterator[Any]:
-        """Go on from the current state."""
-        for batch in self._stream:
-            yield self._collate(batch)
+        """Go on from the current state; workers end with the iteration."""
+        with self._stream:
+            for batch in self._stream:
+                ids = list(batch.ids)
+                if self._features is None:
+                    pack = PackedBatch.from_arrays({**batch.data, "sample_ids": ids})
+                else:
+                    samples = [EncodedSample.from_arrays(arrays) for arrays in batch.data]
+                    pack = replace(self._features.collate(samples), sample_ids=ids)
+                yield PairPack(ids, pack) if self._objective == "preference" else pack
 
     def state_dict(self) -> dict[str, Any]:
         """What has been consumed."""
@@ -88,14 +156,8 @@ class PackStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        self._stream.load_state_dict(state)
-
-
-def encode_sample(processor: Processor, sample: Sample | PreferenceSample) -> EncodedSample | SamplePair:
-    """Encode a sample or a preference pair."""
-    if isinstance(sample, PreferenceSample):
-        return SamplePair(*processor.encode_preference(sample))
-    return processor.encode(sample)
+        for name in self._stream.load_state_dict(state, accept_data_change=self._accept_data_change):
+            say(f"{name}: has changed since the checkpoint, so it is read from its beginning")
 
 
 class CheckpointFiles:
@@ -125,39 +187,37 @@ def freeze(model: Blip3, stage: StageConfig) -> None:
             parameter.requires_grad_(True)
 
 
-def _check_kind(sample: Sample | PreferenceSample, stage: StageConfig) -> None:
-    if isinstance(sample, PreferenceSample) != (stage.objective == "preference"):
-        expected = "a preference pair" if stage.objective == "preference" else "a document or conversation"
-        raise SkipSample(
-            SkipReason.BAD_RECORD, f"expected {expected} for the objective {stage.objective}, got another kind"
-        )
-
-
 def make_stream(
-    stage: StageConfig, data: StageData, processor: Processor, collate_samples: Collate, seed: int
+    stage: StageConfig,
+    data: StageData,
+    processor: Processor,
+    features: FeatureCache | None,
+    seed: int,
+    *,
+    accept_data_change: bool = False,
 ) -> PackStream:
     """The stage's batches."""
-
-    def encode(sample: Sample | PreferenceSample) -> Any:
-        _check_kind(sample, stage)
-        return encode_sample(processor, sample)
-
-    def collate_batch(batch: Batch[Any]) -> Any:
-        if stage.objective == "preference":
-            return collate_pairs(batch.items, batch.ids, collate_samples)
-        return replace(collate_samples(batch.items), sample_ids=list(batch.ids))
-
-    stream: Stream[Any] = Stream(
-        data.sources,
-        encode,
-        ratios=data.ratios,
+    plan = PlanConfig(
         max_tokens=stage.max_tokens,
+        max_tiles=stage.max_tiles,
         max_samples=stage.max_samples,
         look_ahead=max(_LOOK_AHEAD, stage.max_samples or 1),
+        group_by_length=data.group_by_length,
+        too_long=stage.too_long,
+        ratios=None if data.ratios is None else tuple(data.ratios),
+        ratio_unit=data.ratio_unit,
+        epochs=None if data.epochs is None else tuple(data.epochs),
         seed=seed,
+    )
+    stream: Stream[Any, Any] = Stream(
+        data.sources,
+        StageEncoder(processor, stage.objective, is_collated=features is None),
+        plan,
+        num_workers=stage.num_workers,
+        data_timeout_s=stage.data_timeout_s,
         skips=SkipCounter(data.skip_limits),
     )
-    return PackStream(stream, collate_batch)
+    return PackStream(stream, stage.objective, features, accept_data_change=accept_data_change)
 
 
 def base_view_processor(processor: Processor) -> Processor:
@@ -208,8 +268,7 @@ def stage_trainer(
     full_processor = processor
     if stage.views == "base":
         processor = base_view_processor(processor)
-    collate_samples = collate if features is None else features.collate
-    stream = make_stream(stage, data, processor, collate_samples, stage.train.seed)
+    stream = make_stream(stage, data, processor, features, stage.train.seed)
     trainer: Trainer[Any] = Trainer(
         model=Preference(model, stage.dpo) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),

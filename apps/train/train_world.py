@@ -61,7 +61,7 @@ def image_part(picture: Picture, key: str) -> ImagePart:
         picture.image.save(buffer, format="BMP")
         return buffer.getvalue()
 
-    return ImagePart(encode, key)
+    return ImagePart(encode, key, size_px=picture.image.size)
 
 
 def _image_parts(pictures: Sequence[Picture], key: str) -> list[ImagePart]:
@@ -153,7 +153,8 @@ def stage_data(stage: str, count: int, seed: int) -> StageData:
         WorldSource(name, max(1, round(count * share)) * rounds, draw, version=f"seed {seed}")
         for name, (draw, rounds, share) in mixtures[stage].items()
     ]
-    return StageData(sources, [share for *_, share in mixtures[stage].values()], NOTHING_MAY_BE_SKIPPED)
+    ratios = [share for *_, share in mixtures[stage].values()]
+    return StageData(sources, ratios, skip_limits=NOTHING_MAY_BE_SKIPPED)
 
 
 def exam_items(count: int, seed: int, skills: Sequence[str] = SKILLS) -> list[EvalItem]:

@@ -46,7 +46,9 @@ def test_preference_loss_is_the_formula_over_answers_one_by_one(objectives, pair
     objective = objectives.Preference(tiny_model, DpoConfig(beta=0.7, label_smoothing=0.2))
     # The first pair comes twice, as it does where a source is smaller than a pack.
     order = [0, 1, 2, 0]
-    batch = objectives.collate_pairs([pairs[i] for i in order], [f"toy/{i}" for i in order], collate)
+    batch = objectives.PairPack(
+        [f"toy/{i}" for i in order], collate([document for i in order for document in pairs[i].documents])
+    )
     before = [(log_prob(tiny_model, pair.chosen), log_prob(tiny_model, pair.rejected)) for pair in pairs]
     first = objective.loss(batch)
     assert first.total.item() == pytest.approx(4 * math.log(2), rel=1e-5)

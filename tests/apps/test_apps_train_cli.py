@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blip3_lite import collate, load_model
+from blip3_lite import load_model
 from interleave_data import InMemory, Sample, TextPart, Turn
 
 
@@ -186,7 +186,7 @@ def test_packs_of_many_samples_are_a_matter_of_one_flag(train, parse, tiny_proce
     turns = (Turn(role="document", parts=(TextPart("red"),)),)
     samples = [Sample(id=str(index), source="mine", turns=turns) for index in range(7)]
     stage = parse("sft", "--max-samples", "100").stage
-    batch = next(iter(make_stream(stage, StageData([InMemory("mine", samples)]), tiny_processor, collate, seed=0)))
+    batch = next(iter(make_stream(stage, StageData([InMemory("mine", samples)]), tiny_processor, None, seed=0)))
     assert len(batch.sample_ids) == 100
 
 

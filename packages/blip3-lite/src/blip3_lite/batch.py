@@ -1,13 +1,16 @@
 """Encoded samples, and many of them as one flat sequence without padding."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int32, Int64, UInt8
 from torch import Tensor
 
 IGNORE_INDEX = -100
+_TUPLES = ("tiles_per_image", "tile_keys")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,15 @@ class EncodedSample:
     def num_targets(self) -> int:
         """Positions that have a loss."""
         return int((self.targets != IGNORE_INDEX).sum())
+
+    def to_arrays(self) -> dict[str, object]:
+        """The fields as plain data, tensors as numpy arrays of the same memory: to be sent to another process."""
+        return _to_arrays(self)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, object]) -> "EncodedSample":
+        """Undo `to_arrays`; the tensors use the arrays' memory."""
+        return cls(**_from_arrays(arrays))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +92,15 @@ class PackedBatch:
     def num_documents(self) -> int:
         """Documents in the pack."""
         return self.cu_seqlens.shape[0] - 1
+
+    def to_arrays(self) -> dict[str, object]:
+        """The fields as plain data, tensors as numpy arrays of the same memory: to be sent to another process."""
+        return _to_arrays(self)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, object]) -> "PackedBatch":
+        """Undo `to_arrays`; the tensors use the arrays' memory."""
+        return cls(**_from_arrays(arrays))
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
@@ -128,6 +149,22 @@ def collate(samples: Sequence[EncodedSample], features: Float[Tensor, "p n d"] |
         tiles_per_image=tuple(count for sample in samples for count in sample.tiles_per_image),
         feature_order=_joined_order(samples),
     )
+
+
+def _to_arrays(value: EncodedSample | PackedBatch) -> dict[str, object]:
+    found = {item.name: getattr(value, item.name) for item in fields(value)}
+    return {name: part.numpy() if isinstance(part, Tensor) else part for name, part in found.items()}
+
+
+def _from_arrays(arrays: Mapping[str, object]) -> dict[str, Any]:
+    """Arrays as tensors; what came through a pipe has lists for tuples."""
+    values: dict[str, Any] = {}
+    for name, value in arrays.items():
+        if isinstance(value, np.ndarray):
+            values[name] = torch.from_numpy(value)  # pyright: ignore[reportUnknownMemberType]
+        else:
+            values[name] = tuple(cast(Sequence[object], value)) if name in _TUPLES else value
+    return values
 
 
 def _joined_order(samples: Sequence[EncodedSample]) -> Int64[Tensor, " pn"] | None:

@@ -2,22 +2,29 @@
 
 Images are bound to their slots by position: the chat template says where each image stands, the tiler how many tiles it
 becomes, and every tile gets its run of slots there. A user's text cannot claim one.
+
+What a sample takes up can be told without its pixels: `measure` tokenises the text and reads the pictures' headers. Cut
+to a limit, a sample keeps what lies before it; if the limit falls into an image, or the tiles are used up before it,
+that image goes with everything behind it.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import msgspec
 import torch
 from jaxtyping import Bool, UInt8
 
-from anyres_tiler import tile_image
+from anyres_tiler import num_tiles, tile_image
 from interleave_data import (
     ImageLimits,
     ImagePart,
     PreferenceSample,
     Sample,
+    Size,
     SkipReason,
     SkipSample,
     TextPart,
@@ -40,6 +47,17 @@ def user_turn(images: Sequence[ImagePart], text: str) -> Turn:
 def load_tokenizer(path: Path) -> HFTokenizer:
     """Read a tokenizer.json."""
     return HFTokenizer.from_file(path)
+
+
+_TEXTS_KEPT = 256
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A conversation in ids, each image one slot as yet."""
+
+    encoded: EncodedChat
+    images: tuple[ImagePart, ...]
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,20 @@ class Processor:
         self._no_patches = torch.empty(0, cfg.vision.num_patches, dtype=torch.bool)
         self._cache_bytes_left = image_cache_bytes
         self._kept: dict[tuple[str, str], _Views] = {}
+        # Of samples that were measured and wait to be encoded: the same object is not tokenised twice.
+        self._texts: dict[int, tuple[weakref.ref[Sample], _Text]] = {}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy for another process starts without kept tiles, and keeps none: each would hold its own."""
+        return Processor, (self.cfg, self.tokenizer, self.limits)
+
+    @property
+    def size_fingerprint(self) -> str:
+        """Digest of all that `measure` depends on but the samples: sizes kept under another one are of no use."""
+        digest = sha256(msgspec.json.encode([self.cfg.tiling, self.limits, self.cfg.has_leading_space]))
+        chat = [self.cfg.chat, self.cfg.system_prompt, self.cfg.image_separator, self.cfg.connector.num_latents]
+        digest.update(msgspec.json.encode(chat) + self.tokenizer.to_json().encode())
+        return digest.hexdigest()[:16]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -107,13 +139,45 @@ class Processor:
         """Write the tokenizer's file."""
         self.tokenizer.save(path)
 
-    def encode(self, sample: Sample) -> EncodedSample:
-        """Encode a training sample: a document, a caption or a whole conversation.
+    def measure(self, sample: Sample | PreferenceSample, limit: Size | None = None) -> Size:
+        """Exactly what `encode` or `encode_preference` (both sequences together) takes up; no pixel is decoded.
 
         Raises:
-            SkipSample: an image that the gate refuses, an answer without tokens, or nothing to learn.
+            SkipSample: as they do, for all that text and the pictures' headers tell; a preference pair beyond the
+                limit, as there is nothing to be cut that both answers could spare.
         """
-        return self._encode(sample.id, sample.source, sample.turns, is_prompt=False)
+        if isinstance(sample, PreferenceSample):
+            sizes = [self._size(self._text(turns), sample.source) for turns in _with_answers(sample)]
+            size = Size(sum(one.tokens for one in sizes), sum(one.tiles for one in sizes))
+            if limit is not None and (size.tokens > limit.tokens or size.tiles > limit.tiles):
+                detail = f"expected at most {limit.tokens} tokens and {limit.tiles} tiles, got {size}"
+                raise SkipSample(SkipReason.TOO_LONG, f"{detail}; a preference pair is not cut")
+            return size
+        text = self._text(sample.turns)
+        size = self._size(text, sample.source, limit)
+        while len(self._texts) >= _TEXTS_KEPT:
+            del self._texts[next(iter(self._texts))]
+        self._texts[id(sample)] = (weakref.ref(sample), text)
+        return size
+
+    def encode(self, sample: Sample, limit: Size | None = None) -> EncodedSample:
+        """Encode a training sample: a document, a caption or a whole conversation; cut to a limit if there is one.
+
+        Raises:
+            SkipSample: an image that the gate refuses, an answer without tokens, or nothing to learn (too_long where
+                the limit is why).
+        """
+        kept, text = self._texts.pop(id(sample), (None, None))
+        # Another sample may stand where one that is gone stood.
+        if text is None or kept is None or kept() is not sample:
+            text = self._text(sample.turns)
+        images = text.images
+        if limit is None:
+            return self._assemble(sample.id, sample.source, text, self._views(sample.source, images))
+        counts = self._tile_counts(sample.source, images)
+        num_tokens, num_images = self._cut(text.encoded, counts, limit)
+        views = self._views(sample.source, images[:num_images])
+        return self._assemble(sample.id, sample.source, text, views, num_tokens)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """Encode a conversation up to where the assistant's answer begins.
@@ -121,7 +185,8 @@ class Processor:
         Raises:
             SkipSample: an image that the gate refuses.
         """
-        return self._encode(sample.id, sample.source, sample.turns, is_prompt=True)
+        text = self._text(sample.turns, is_prompt=True)
+        return self._assemble(sample.id, sample.source, text, self._views(sample.source, text.images))
 
     def encode_preference(self, sample: PreferenceSample) -> tuple[EncodedSample, EncodedSample]:
         """Encode (chosen, rejected): the same prompt and tiles, two answers.
@@ -129,24 +194,65 @@ class Processor:
         Raises:
             SkipSample: as `encode`.
         """
-        views = self._views(sample.source, sample.turns)
-        chosen, rejected = (
-            self._assemble(
-                sample.id,
-                sample.source,
-                (*sample.turns, Turn(role="assistant", parts=(TextPart(answer),))),
-                views,
-                is_prompt=False,
-            )
-            for answer in (sample.chosen, sample.rejected)
-        )
+        texts = [self._text(turns) for turns in _with_answers(sample)]
+        views = self._views(sample.source, texts[0].images)
+        chosen, rejected = (self._assemble(sample.id, sample.source, text, views) for text in texts)
         return chosen, rejected
 
-    def _encode(self, sample_id: str, source: str, turns: Sequence[Turn], *, is_prompt: bool) -> EncodedSample:
-        return self._assemble(sample_id, source, turns, self._views(source, turns), is_prompt=is_prompt)
+    def _text(self, turns: Sequence[Turn], *, is_prompt: bool = False) -> _Text:
+        """Tokenise.
 
-    def _views(self, source: str, turns: Sequence[Turn]) -> list[_Views]:
-        images = [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
+        Raises:
+            SkipSample: an empty answer or document, or nothing to learn.
+        """
+        chat = [ChatTurn(turn.role, self.chat_parts(turn)) for turn in turns]
+        _refuse_empty_answers(chat)
+        encoded = self.template.encode(chat, is_prompt=is_prompt)
+        if not is_prompt and not any(encoded.is_target[1:]):
+            raise SkipSample(SkipReason.NO_TARGETS, "expected at least one token to learn, got none")
+        return _Text(encoded, tuple(part for turn in turns for part in turn.parts if isinstance(part, ImagePart)))
+
+    def _size(self, text: _Text, source: str, limit: Size | None = None) -> Size:
+        counts = self._tile_counts(source, text.images)
+        if limit is None:
+            widened = sum(self.cfg.num_image_tokens(count) - 1 for count in counts)
+            return Size(len(text.encoded.ids) + widened, sum(counts))
+        num_tokens, num_images = self._cut(text.encoded, counts, limit)
+        return Size(num_tokens, sum(counts[:num_images]))
+
+    def _tile_counts(self, source: str, images: Sequence[ImagePart]) -> list[int]:
+        """Tiles of each image, from what was kept or from its header."""
+        kept = [self._kept.get((source, image.key)) if image.key else None for image in images]
+        return [
+            num_tiles(image.size(self.limits), self.cfg.tiling) if views is None else len(views.pixels)
+            for image, views in zip(images, kept, strict=True)
+        ]
+
+    def _cut(self, encoded: EncodedChat, counts: Sequence[int], limit: Size) -> tuple[int, int]:
+        """Tokens and images that are kept of a sample whose images have so many tiles.
+
+        Raises:
+            SkipSample: nothing to learn is left (too_long).
+        """
+        total = len(encoded.ids) + sum(self.cfg.num_image_tokens(count) - 1 for count in counts)
+        num_tokens, num_images = min(total, limit.tokens), len(counts)
+        widened = tiles = 0
+        for place, (position, count) in enumerate(zip(encoded.image_positions, counts, strict=True)):
+            start = position + widened
+            end = start + self.cfg.num_image_tokens(count)
+            tiles += count
+            if end > limit.tokens or tiles > limit.tiles:
+                num_tokens, num_images = min(start, limit.tokens), place
+                break
+            widened += end - start - 1
+        # Images have no targets, so what is before the cut is found where they are one slot still.
+        num_kept_ids = num_tokens - sum(self.cfg.num_image_tokens(count) - 1 for count in counts[:num_images])
+        if num_tokens < total and not any(encoded.is_target[1:num_kept_ids]):
+            detail = f"expected something to learn in the first {num_tokens} tokens, where it is cut, got none"
+            raise SkipSample(SkipReason.TOO_LONG, detail)
+        return num_tokens, num_images
+
+    def _views(self, source: str, images: Sequence[ImagePart]) -> list[_Views]:
         return [self._view(source, image) for image in images]
 
     def _view(self, source: str, image: ImagePart) -> _Views:
@@ -163,20 +269,20 @@ class Processor:
         return views
 
     def _assemble(
-        self, sample_id: str, source: str, turns: Sequence[Turn], views: Sequence[_Views], *, is_prompt: bool
+        self, sample_id: str, source: str, text: _Text, views: Sequence[_Views], num_tokens: int | None = None
     ) -> EncodedSample:
-        chat = [ChatTurn(turn.role, self.chat_parts(turn)) for turn in turns]
-        _refuse_empty_answers(chat)
-        encoded = self.template.encode(chat, is_prompt=is_prompt)
+        """Put ids, targets and tiles together; of a sample that is cut, its first images and tokens."""
+        encoded = text.encoded
+        if num_tokens is not None:
+            encoded = encoded._replace(image_positions=encoded.image_positions[: len(views)])
         counts = [self.cfg.num_image_tokens(len(item.pixels)) for item in views]
         ids, is_target, slots = _expand_slots(encoded, counts)
+        ids, is_target = ids[:num_tokens], is_target[:num_tokens]
         targets = torch.full((len(ids),), IGNORE_INDEX)
         flat = torch.tensor(ids)
         learnt = torch.tensor(is_target)
         # The target of a position is the token behind it.
         targets[:-1] = torch.where(learnt[1:], flat[1:], IGNORE_INDEX)
-        if not is_prompt and not bool(learnt[1:].any()):
-            raise SkipSample(SkipReason.NO_TARGETS, "expected at least one token to learn, got none")
         return EncodedSample(
             id=sample_id,
             source=source,
@@ -212,6 +318,14 @@ class Processor:
             orders.append(band_order(item.grid, side) + start)
             start += item.valid.numel()
         return torch.cat(orders)
+
+
+def _with_answers(sample: PreferenceSample) -> list[tuple[Turn, ...]]:
+    """The prompt with the preferred answer, and with the other."""
+    return [
+        (*sample.turns, Turn(role="assistant", parts=(TextPart(answer),)))
+        for answer in (sample.chosen, sample.rejected)
+    ]
 
 
 def _joined(tensors: Sequence[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:

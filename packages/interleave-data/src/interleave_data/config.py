@@ -13,6 +13,8 @@ from .formats import FORMATS, SETTINGS
 _PILLOW_WARNS_ABOVE_PX = 89_478_485
 
 ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+RatioUnit = Literal["samples", "tokens"]
+"""What ratios are counted in."""
 
 
 class ImageLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,6 +72,32 @@ class SkipLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError(f"min_seen: expected at least 1, got {self.min_seen}; 1 judges the share at once")
 
 
+class PlanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What, beside the sources, decides which samples come when and share a pack (see `plan`)."""
+
+    max_tokens: int
+    """Most tokens of a pack, image tokens included."""
+    max_tiles: int | None = None
+    """Most tiles of a pack; None for as many as its tokens allow."""
+    max_samples: int | None = None
+    """Most samples of a pack; None for as many as fit."""
+    look_ahead: int = 64
+    """Samples that wait to be packed."""
+    group_by_length: bool = False
+    """Whether samples of like length share a pack, in place of those that fill it best."""
+    too_long: Literal["drop", "truncate-text", "error"] = "drop"
+    """What becomes of a sample that is larger than a pack. `drop`: left out and counted as too_long. `truncate-text`:
+    cut at the budget, never inside an image, and counted as truncated. `error`: the run ends."""
+    ratios: tuple[float, ...] | None = None
+    """Shares of the sources relative to each other; None for equal ones."""
+    ratio_unit: RatioUnit = "samples"
+    """What ratios are counted in."""
+    epochs: tuple[float | None, ...] | None = None
+    """How many times over each source is drawn at most; None for without end."""
+    seed: int = 0
+    """Orders the samples within each source."""
+
+
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `[[sources]]` table of a data file. Paths are relative to the data file's folder."""
 
@@ -119,6 +147,10 @@ class DataFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     sources: tuple[SourceConfig, ...]
     """The sources, each a `[[sources]]` table."""
+    ratio_unit: RatioUnit = "samples"
+    """Whether the sources' ratios are shares of samples or of tokens."""
+    group_by_length: bool = False
+    """Whether samples of like length share a pack, in place of those that fill it best."""
     image_limits: ImageLimits = ImageLimits()
     """The `[image_limits]` table: what the image gate lets in."""
     skip_limits: SkipLimits = SkipLimits()

@@ -52,6 +52,10 @@ class ShardError(ValueError):
     """A shard that is cut, damaged or inconsistent: more than a sample is lost, and nobody knows how much more."""
 
 
+class WorkerError(RuntimeError):
+    """A worker process that died, stalled, or met an error of the program."""
+
+
 class TooManySkips(RuntimeError):  # noqa: N818  (says what happened)
     """More bad samples than the run's limits allow."""
 
@@ -59,6 +63,7 @@ class TooManySkips(RuntimeError):  # noqa: N818  (says what happened)
 class _SourceCount(msgspec.Struct, kw_only=True):
     seen: int = 0
     consecutive: int = 0
+    truncated: int = 0
     skipped: dict[str, int] = msgspec.field(default_factory=dict[str, int])
 
 
@@ -98,6 +103,15 @@ class SkipCounter:
                 f"{source}: expected at most {self.limits.max_share:.2%} bad samples, got {total} of {count.seen} "
                 f"({by_reason}); the last was {skip}; repair the source or raise max_share"
             ) from skip
+
+    def truncate(self, source: str) -> None:
+        """Count a sample that was kept, but cut to fit; beside `keep`."""
+        self._counts.setdefault(source, _SourceCount()).truncated += 1
+
+    @property
+    def num_truncated(self) -> int:
+        """Samples that were cut to fit; none of them is among the skips."""
+        return sum(count.truncated for count in self._counts.values())
 
     def by_reason(self) -> dict[str, int]:
         """Skips by reason over all sources, sorted by name: one entry of a metrics line."""

@@ -2,41 +2,63 @@
 
 The oldest waiting sample opens a pack; then the longest one that still fits is added, the older of equals, until none
 fits. (Best fit over a bounded window: as good as sorting within the window, and no sample waits for ever, since each
-pack takes the oldest.)
+pack takes the oldest.) Tokens bound what a step computes, tiles what its pictures weigh; a pack keeps to both.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Generic, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from .errors import SkipReason, SkipSample
 from .order import refuse_other_settings
+from .samples import Size
 
 Item = TypeVar("Item")
+
+
+_Named = tuple[object, int, int]
+
+
+class _Entry(NamedTuple, Generic[Item]):
+    item: Item
+    size: Size
 
 
 class Packer(Generic[Item]):
     """Hold up to `look_ahead` samples and give out packs of at most `max_tokens`, in exact lengths.
 
-    A sample longer than the budget is not this stage's to cut (it cannot see images or answers): `push` refuses it as
-    a skip, and whoever pushes decides whether that is counted or fatal.
+    A sample beyond a budget is not this stage's to cut (it cannot see images or answers): `push` refuses it as a skip,
+    and whoever pushes decides whether that is counted or fatal.
     """
 
-    def __init__(self, max_tokens: int, *, look_ahead: int = 64, max_samples: int | None = None) -> None:
+    def __init__(
+        self,
+        max_tokens: int,
+        *,
+        max_tiles: int | None = None,
+        look_ahead: int = 64,
+        max_samples: int | None = None,
+        group_by_length: bool = False,
+    ) -> None:
         """`max_samples` closes a pack early; with `look_ahead=max_samples` packs are runs of samples as they come.
+        `group_by_length` adds the samples nearest in length to the one that opened the pack, in place of the longest.
 
         Raises:
-            ValueError: if the budget or the window makes no pack.
+            ValueError: if a budget or the window makes no pack.
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}; use the training sequence length")
+        if max_tiles is not None and max_tiles < 1:
+            raise ValueError(f"max_tiles: expected at least 1, got {max_tiles}; leave it out for no bound")
         if not 1 <= look_ahead <= 128:
             raise ValueError(f"look_ahead: expected 1 to 128, got {look_ahead}; 64 packs well")
         if max_samples is not None and not 1 <= max_samples <= look_ahead:
             raise ValueError(f"max_samples: expected 1 to look_ahead ({look_ahead}), got {max_samples}; change either")
         self.max_tokens = max_tokens
+        self.max_tiles = max_tiles
         self.look_ahead = look_ahead
         self.max_samples = max_samples
-        self._waiting: list[tuple[Item, int]] = []
+        self.group_by_length = group_by_length
+        self._waiting: list[_Entry[Item]] = []
 
     def __len__(self) -> int:
         """Samples that wait."""
@@ -47,18 +69,25 @@ class Packer(Generic[Item]):
         """Whether the window is full, so that the next pack is as good as it gets."""
         return len(self._waiting) >= self.look_ahead
 
-    def push(self, item: Item, length: int) -> None:
-        """Let a sample of `length` tokens wait.
+    def fits(self, size: Size) -> bool:
+        """Whether a pack can hold a sample of this size at all."""
+        return size.tokens <= self.max_tokens and (self.max_tiles is None or size.tiles <= self.max_tiles)
+
+    def push(self, item: Item, length: int, tiles: int = 0) -> None:
+        """Let a sample of `length` tokens and so many tiles wait.
 
         Raises:
-            SkipSample: if it is longer than a whole pack.
+            SkipSample: if it is larger than a whole pack.
             ValueError: if it has no token.
         """
         if length < 1:
             raise ValueError(f"length: expected at least 1 token, got {length}; skip empty samples before packing")
+        size = Size(length, tiles)
         if length > self.max_tokens:
             raise SkipSample(SkipReason.TOO_LONG, f"expected at most {self.max_tokens} tokens, got {length}")
-        self._waiting.append((item, length))
+        if not self.fits(size):
+            raise SkipSample(SkipReason.TOO_LONG, f"expected at most {self.max_tiles} tiles, got {tiles}")
+        self._waiting.append(_Entry(item, size))
 
     def pop(self) -> list[Item]:
         """Give out the next pack, in the order in which it was filled.
@@ -68,15 +97,21 @@ class Packer(Generic[Item]):
         """
         if not self._waiting:
             raise ValueError("pack: expected a waiting sample, got none; push first")
+        first = self._waiting[0].size
         picked = [0]
-        room = self.max_tokens - self._waiting[0][1]
+        tokens, tiles = first
         most = self.max_samples or len(self._waiting)
-        # One pass from long to short is best fit: what did not fit once never fits again. sorted() keeps older first.
-        for place in sorted(range(1, len(self._waiting)), key=lambda place: -self._waiting[place][1]):
-            if len(picked) < most and self._waiting[place][1] <= room:
+        # One pass is enough: what did not fit once never fits again. sorted() keeps older first among equals.
+        if self.group_by_length:
+            order = sorted(range(1, len(self._waiting)), key=lambda n: abs(self._waiting[n].size.tokens - first.tokens))
+        else:
+            order = sorted(range(1, len(self._waiting)), key=lambda n: -self._waiting[n].size.tokens)
+        for place in order:
+            size = self._waiting[place].size
+            if len(picked) < most and self.fits(Size(tokens + size.tokens, tiles + size.tiles)):
                 picked.append(place)
-                room -= self._waiting[place][1]
-        pack = [self._waiting[place][0] for place in picked]
+                tokens, tiles = tokens + size.tokens, tiles + size.tiles
+        pack = [self._waiting[place].item for place in picked]
         taken = set(picked)
         self._waiting = [entry for place, entry in enumerate(self._waiting) if place not in taken]
         return pack
@@ -91,26 +126,28 @@ class Packer(Generic[Item]):
             yield self.pop()
 
     def state_dict(self, name: Callable[[Item], object]) -> dict[str, object]:
-        """The settings, and the names of what waits, in order: samples are not saved, only how to get them again."""
-        return {**self._settings(), "waiting": [name(item) for item, _ in self._waiting]}
+        """The settings, and names and sizes of what waits, in order: samples are not saved, only how to get them."""
+        return {**self._settings(), "waiting": [[name(item), *size] for item, size in self._waiting]}
 
-    def load_state_dict(self, state: Mapping[str, object], remake: Callable[[object], tuple[Item, int]]) -> None:
-        """Fetch what waited by its names.
+    def load_state_dict(self, state: Mapping[str, object], remake: Callable[[object, Size], Item | None]) -> None:
+        """Let wait again what waited, made from its names and sizes; what `remake` has None for is left out.
 
         Raises:
-            ValueError: if the state is of other settings, or a sample has become too long for a pack.
+            ValueError: if the state is of other settings.
         """
         refuse_other_settings("packer state", self._settings(), state)
-        self._waiting = []
-        for name in cast(list[object], state["waiting"]):
-            item, length = remake(name)
-            try:
-                self.push(item, length)
-            except SkipSample as skip:
-                raise ValueError(f"waiting sample {name}: {skip.detail}; encode it as when it was saved") from skip
+        named = [(name, Size(tokens, tiles)) for name, tokens, tiles in cast(list[_Named], state["waiting"])]
+        remade = [(remake(name, size), size) for name, size in named]
+        self._waiting = [_Entry(item, size) for item, size in remade if item is not None]
 
     def _settings(self) -> dict[str, object]:
-        return {"max_tokens": self.max_tokens, "look_ahead": self.look_ahead, "max_samples": self.max_samples}
+        return {
+            "max_tokens": self.max_tokens,
+            "max_tiles": self.max_tiles,
+            "look_ahead": self.look_ahead,
+            "max_samples": self.max_samples,
+            "group_by_length": self.group_by_length,
+        }
 
 
 def pack(lengths: Sequence[int], max_tokens: int, *, look_ahead: int = 64) -> list[list[int]]:

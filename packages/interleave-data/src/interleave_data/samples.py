@@ -15,7 +15,7 @@ from PIL import Image
 
 from .config import ImageLimits
 from .errors import SkipReason, SkipSample
-from .images import open_image
+from .images import check_size, image_size, open_image
 
 
 class Size(NamedTuple):
@@ -110,6 +110,8 @@ class ImagePart:
     """A cheap name that is the same for the same picture of the same source, for caches; empty if there is none."""
     frame: int = 0
     """Which frame of a file with several, such as a TIFF of pages."""
+    size_px: tuple[int, int] | None = None
+    """(width, height) of the decoded, upright picture where it is known without reading it."""
 
     def read(self, max_bytes: int | None = None) -> bytes:
         """Get the encoded bytes.
@@ -129,14 +131,30 @@ class ImagePart:
             detail = f"{error.strerror or error} ({self.key})" if self.key else str(error)
             raise SkipSample(SkipReason.UNREADABLE_FILE, detail) from error
 
+    def size(self, limits: ImageLimits | None = None) -> tuple[int, int]:
+        """(width, height) that `decode` will give: the known one, or the header's.
+
+        Raises:
+            SkipSample: as `decode`, for all that the header tells.
+        """
+        limits = limits or ImageLimits()
+        if self.size_px is None:
+            return image_size(self.read(limits.max_bytes), limits, self.frame)
+        check_size(self.size_px, limits)
+        return self.size_px
+
     def decode(self, limits: ImageLimits | None = None) -> Image.Image:
         """Read and decode through the image gate: an upright RGB picture.
 
         Raises:
-            SkipSample: if the file cannot be read or the gate refuses it.
+            SkipSample: if the file cannot be read, the gate refuses it, or its size is not the one that was known.
         """
         limits = limits or ImageLimits()
-        return open_image(self.read(limits.max_bytes), limits, self.frame)
+        image = open_image(self.read(limits.max_bytes), limits, self.frame)
+        if self.size_px is not None and image.size != self.size_px:
+            detail = f"expected {self.size_px[0]} × {self.size_px[1]} px as indexed, got {image.width} × {image.height}"
+            raise SkipSample(SkipReason.BROKEN_IMAGE, f"{detail}; index the file again")
+        return image
 
 
 Part = TextPart | ImagePart

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from .errors import SkipReason, SkipSample
-from .samples import FileBytes, ImagePart, PreferenceSample, Sample
+from .samples import FileBytes, ImagePart, PreferenceSample, Sample, Size
 
 AnySample = Sample | PreferenceSample
 
@@ -36,6 +36,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> AnySample: ...
+
+
+@runtime_checkable
+class HasSizes(Protocol):
+    """A source whose index knows how much its samples take up."""
+
+    def size(self, index: int) -> Size | None:
+        """Exact size of a sample; None if it is not known. Raises `SkipSample` for one known to be bad."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,40 @@
-"""Sources to batches, for ever, in an order that can be continued exactly.
+"""Sources to batches, in an order that can be continued exactly.
 
-    sources → mixture (which sample next) → encode (yours: tokens and tiles) → packer → batches
+    sources → plan (which samples share a pack) → read, encode, collate (here or in workers) → batches
 
-What is saved is what has been consumed: a counter for each source, the names of the few samples that wait in the
-packer, and the skips. Loading that in a fresh process gives the same batches as if nothing had happened, as long as
-`encode` depends on the sample alone; sources and settings are compared with those it was saved with.
+What is saved belongs to what has been consumed, never to what was made ahead: the plan's counters, names and sizes of
+the few samples that wait to be packed, and the skips. Loading that in a fresh process gives the same batches as if
+nothing had happened, with any number of workers, as long as the encoder depends on the samples alone; sources and
+settings are compared with those it was saved with.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+from typing import Generic, cast
 
-from .errors import SkipCounter, SkipSample
-from .order import Draw, Mixture
-from .packing import Packer
+from .config import PlanConfig
+from .errors import SkipCounter
+from .making import Encoded, Encoder, Made, Maker, Packed
+from .plan import Plan
 from .samples import samples_digest
-from .sources import AnySample, Source
-
-
-@runtime_checkable
-class HasLength(Protocol):
-    """What an encoder returns must say how many tokens it takes up in a sequence."""
-
-    @property
-    def length(self) -> int:
-        """Tokens, image tokens included."""
-        ...
-
-
-Encoded = TypeVar("Encoded", bound=HasLength)
-
-
-class _Waiting(NamedTuple):
-    draw: Draw
-    sample_id: str
-    encoded: object
+from .sources import Source
+from .workers import WorkerPool
 
 
 @dataclass(frozen=True)
-class Batch(Generic[Encoded]):
-    """The encoded samples of one packed sequence, in order."""
+class Batch(Generic[Packed]):
+    """One packed sequence."""
 
-    items: tuple[Encoded, ...]
+    number: int
+    """Of the pack, counted over all ranks."""
+    data: Packed
+    """What the encoder's `collate` made of the samples."""
     ids: tuple[str, ...]
-    """"source/id" of each item."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all items."""
-        return sum(item.length for item in self.items)
+    """"source/id" of each sample, in order."""
+    num_tokens: int
+    """Tokens of all samples."""
+    num_tiles: int
+    """Tiles of all samples."""
 
     @property
     def digest(self) -> str:
@@ -56,104 +42,120 @@ class Batch(Generic[Encoded]):
         return samples_digest(self.ids)
 
 
-class Stream(Generic[Encoded]):
-    """Endless batches from a mixture of sources. Bad samples are left out, counted, and bounded by the counter."""
+class Stream(Generic[Encoded, Packed]):
+    """Batches from a mixture of sources. Bad samples are left out, counted, and bounded by the counter.
+
+    With workers the samples are read and encoded in other processes; sources and encoder must then be picklable, and a
+    script needs the usual `if __name__ == "__main__":`. Close the stream, or use it in a `with`, to end them.
+    """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        encode: Callable[[AnySample], Encoded],
+        encoder: Encoder[Encoded, Packed],
+        cfg: PlanConfig,
         *,
-        ratios: Sequence[float | int] | None = None,
-        max_tokens: int,
-        seed: int = 0,
-        look_ahead: int = 64,
-        max_samples: int | None = None,
-        too_long: Literal["skip", "error"] = "skip",
+        rank: int = 0,
+        num_ranks: int = 1,
+        num_workers: int = 0,
+        data_timeout_s: float = 600.0,
         skips: SkipCounter | None = None,
     ) -> None:
-        """See `Mixture` for ratios and seed, and `Packer` for budget and window.
+        """Open the stream at its beginning; nothing is read before the first batch is asked for.
 
-        `encode` may raise `SkipSample`; any other error of it ends the stream. A sample that encodes to more than
-        `max_tokens` is skipped and counted, or is an error; cutting it to fit is the encoder's business.
-        """
-        self._sources = list(sources)
-        self._encode = encode
-        self._too_long = too_long
-        self.mixture = Mixture(sources, ratios, seed=seed)
-        self.skips = skips or SkipCounter()
-        self._packer: Packer[_Waiting] = Packer(max_tokens, look_ahead=look_ahead, max_samples=max_samples)
-
-    def __iter__(self) -> "Stream[Encoded]":
-        return self
-
-    def __next__(self) -> Batch[Encoded]:
-        """Fill the packer's window and give out a pack.
+        `rank` of `num_ranks` gets every so many-th pack; with more than one rank a pack in which nothing is left comes
+        as a batch of nothing, as the ranks must keep in step, and each counts the holes of its own packs.
+        `data_timeout_s` bounds the wait for one pack of a worker.
 
         Raises:
-            TooManySkips: if a source is worse than the limits allow.
+            ValueError: a setting makes no sense.
         """
-        while not self._packer.is_ready:
-            draw = next(self.mixture)
-            source = self._sources[draw.source].name
-            try:
-                waiting, length = self._fetch(draw)
-                self._push(waiting, length)
-            except SkipSample as skip:
-                skip.where = skip.where or f"{source}:{self.mixture.index(draw)}"
-                self.skips.skip(source, skip)
-            else:
-                self.skips.keep(source)
-        pack = self._packer.pop()
-        return Batch(
-            items=tuple(cast(Encoded, waiting.encoded) for waiting in pack),
-            ids=tuple(waiting.sample_id for waiting in pack),
-        )
+        if num_workers < 0:
+            raise ValueError(f"num_workers: expected at least 0, got {num_workers}; 0 reads in this process")
+        if not data_timeout_s > 0:
+            raise ValueError(f"data_timeout_s: expected above 0, got {data_timeout_s}; use several minutes")
+        self._maker = Maker(sources, encoder, cfg, rank=rank, num_ranks=num_ranks)
+        self._num_workers, self._timeout_s = num_workers, data_timeout_s
+        self.skips = skips or SkipCounter()
+        self._consumed: Mapping[str, object] = self._maker.plan.state_dict()
+        self._packs: Iterator[Made[Packed]] | None = None
+
+    def __iter__(self) -> "Stream[Encoded, Packed]":
+        return self
+
+    def __next__(self) -> Batch[Packed]:
+        """Give out the next batch.
+
+        Raises:
+            TooManySkips: a source is worse than the limits allow.
+            WorkerError: a worker died or lets us wait for too long.
+        """
+        while True:
+            made = self._next_made()
+            self._consumed = made.state
+            for event in made.events:
+                if event.hole is not None:
+                    self.skips.skip(event.source, event.hole.skip)
+                    continue
+                self.skips.keep(event.source)
+                if event.is_truncated:
+                    self.skips.truncate(event.source)
+            if made.ids or self._maker.num_ranks > 1:
+                return Batch(made.number, made.data, made.ids, made.size.tokens, made.size.tiles)
+
+    def __enter__(self) -> "Stream[Encoded, Packed]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers; what they made ahead is made again if the stream is asked for more."""
+        if isinstance(self._packs, WorkerPool):
+            self._packs.close()
+        self._packs = None
+
+    def epochs(self) -> dict[str, float]:
+        """How many times over each source has been drawn for what was consumed, and for what waits to be packed."""
+        return self._plan_at(self._consumed).epochs()
 
     def state_dict(self) -> dict[str, object]:
         """What has been consumed, as plain data that JSON can hold."""
-        return {
-            "fingerprints": {source.name: source.fingerprint for source in self._sources},
-            "mixture": self.mixture.state_dict(),
-            "packer": self._packer.state_dict(lambda waiting: list(waiting.draw)),
-            "skips": self.skips.state_dict(),
-        }
+        return {"plan": dict(self._consumed), "skips": self.skips.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Continue from a saved state; the samples that waited are read and encoded again.
+    def load_state_dict(self, state: Mapping[str, object], *, accept_data_change: bool = False) -> list[str]:
+        """Continue from a saved state; return the names of sources that begin anew because they have changed.
+
+        With `accept_data_change` a source that is new or has changed is drawn from its beginning, and all others keep
+        their place.
 
         Raises:
-            ValueError: if a source or a setting is not what it was, or a waiting sample can no longer be read, or has
-                become too long.
+            ValueError: a setting is not what it was, or a source without `accept_data_change`.
         """
-        saved = cast(Mapping[str, str], state["fingerprints"])
-        now = {source.name: source.fingerprint for source in self._sources}
-        if changed := sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name)):
-            raise ValueError(
-                f"stream state: expected the sources it was saved with, got others or changed ones: "
-                f"{', '.join(changed)}; restore the files and settings, or start anew"
-            )
-        self.mixture.load_state_dict(cast(Mapping[str, object], state["mixture"]))
+        self.close()
+        plan = self._maker.new_plan()
+        restarted = plan.load_state_dict(
+            cast(Mapping[str, object], state["plan"]), accept_data_change=accept_data_change
+        )
         self.skips.load_state_dict(cast(Mapping[str, object], state["skips"]))
-        self._packer.load_state_dict(cast(Mapping[str, object], state["packer"]), self._remake)
+        self._consumed = plan.state_dict()
+        return restarted
 
-    def _fetch(self, draw: Draw) -> tuple[_Waiting, int]:
-        sample = self._sources[draw.source][self.mixture.index(draw)]
-        encoded = self._encode(sample)
-        return _Waiting(draw, f"{sample.source}/{sample.id}", encoded), encoded.length
+    def _plan_at(self, state: Mapping[str, object]) -> Plan:
+        plan = self._maker.new_plan()
+        plan.load_state_dict(state)
+        return plan
 
-    def _push(self, waiting: _Waiting, length: int) -> None:
+    def _next_made(self) -> Made[Packed]:
+        if self._packs is None:
+            self._packs = self._start()
         try:
-            self._packer.push(waiting, length)
-        except SkipSample as skip:
-            if self._too_long == "skip":
-                raise
-            raise ValueError(f"{waiting.sample_id}: {skip.detail}; raise max_tokens or shorten it") from skip
+            return next(self._packs)
+        except BaseException:
+            self.close()
+            raise
 
-    def _remake(self, name: object) -> tuple[_Waiting, int]:
-        draw = Draw(*cast(list[int], name))
-        try:
-            return self._fetch(draw)
-        except SkipSample as skip:
-            where = f"{self._sources[draw.source].name}:{self.mixture.index(draw)}"
-            raise ValueError(f"{where}: expected the sample that waited when saved, got {skip}; restore it") from skip
+    def _start(self) -> Iterator[Made[Packed]]:
+        if self._num_workers == 0:
+            return self._maker.make(self._consumed)
+        return WorkerPool(self._maker, self._consumed, self._num_workers, self._timeout_s)
