@@ -7,8 +7,11 @@ from itertools import islice
 import pytest
 
 from interleave_data import (
+    Encoder,
     ImagePart,
+    PlanConfig,
     RecordSource,
+    Size,
     SkipCounter,
     SkipLimits,
     SourceConfig,
@@ -93,13 +96,22 @@ def test_photos_pass_the_gate_upright_and_opaque(shared_data):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Length:
     length: int
 
 
-def encode(sample) -> Encoded:
-    texts = [part.text for turn in sample.turns for part in turn.parts if isinstance(part, TextPart)]
-    return Encoded(sum(len(text) // 4 + 1 for text in texts) + 8 * len(sample.images()))
+class Counted(Encoder[Length, int]):
+    """Only lengths, about those of a model."""
+
+    def measure(self, sample, limit=None) -> Size:
+        texts = [part.text for turn in sample.turns for part in turn.parts if isinstance(part, TextPart)]
+        return Size(sum(len(text) // 4 + 1 for text in texts) + 8 * len(sample.images()), len(sample.images()))
+
+    def encode(self, sample, limit=None) -> Length:
+        return Length(self.measure(sample, limit).tokens)
+
+    def collate(self, items, ids) -> int:
+        return sum(item.length for item in items)
 
 
 def test_real_sources_mixed_packed_and_continued(real):
@@ -110,7 +122,8 @@ def test_real_sources_mixed_packed_and_continued(real):
             real("captions/*.tar", "caption-tars"),
         ]
         skips = SkipCounter(SkipLimits(max_share=0.5))
-        return Stream(sources, encode, ratios=[2, 1, 3], max_tokens=4096, look_ahead=12, skips=skips)
+        cfg = PlanConfig(max_tokens=4096, look_ahead=12, ratios=(2, 1, 3))
+        return Stream(sources, Counted(), cfg, skips=skips)
 
     whole = stream()
     expected = [batch.digest for batch in islice(whole, 6)]
