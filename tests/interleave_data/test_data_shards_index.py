@@ -459,6 +459,14 @@ def test_source_goes_to_workers_without_its_tables(tmp_path):
     assert said(pickle.loads(packed), 3) == "caption 3"
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format_goes_to_workers_with_its_settings(fmt):
+    other = {"caption": "json:alt", "granularity": 2, "floor": 1.5}
+    settings = {name: other[name] for name in FORMATS[fmt].settings}
+    again = pickle.loads(pickle.dumps(FORMATS[fmt].reader(**settings)))
+    assert again._from == (FORMATS[fmt], settings)
+
+
 def test_least_used_shards_are_let_go(tmp_path, monkeypatch):
     from interleave_data import record_source
 

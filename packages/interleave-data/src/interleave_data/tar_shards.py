@@ -145,11 +145,11 @@ class _Table:
         """
         self._refuse_repeated_keys()
         return {
-            "first_member": np.array([*self._first_member, len(self._offset)], np.int64),
+            "first_member": np.append(np.array(self._first_member, np.int64), len(self._offset)),
             "key_end": np.array(self._key_ends, np.int64),
             "offset": np.array(self._offset, np.int64),
             "size": np.array(self._size, np.int64),
-            "image_first": np.array([*self._first_image, len(self._image_size) // 2], np.int64),
+            "image_first": np.append(np.array(self._first_image, np.int64), len(self._image_size) // 2),
             "crc32": np.array(self._crc32, np.uint32),
             "image_size": np.array(self._image_size, np.int32).reshape(-1, 2),
             "number": np.array(self._number, np.int16),
