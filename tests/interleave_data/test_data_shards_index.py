@@ -428,9 +428,10 @@ def test_lengths_belong_to_a_fingerprint_a_format_and_a_state_of_the_shard(tmp_p
     assert len(steps) == 3
     expected = [None, None, None, Size(10, 0), None, Size(10, 2)]
     assert [pairs(paths, lengths="abc").size(n) for n in range(6)] == expected
-    for other in ({}, {"lengths": "abd"}, {"lengths": "abc", "settings": {"caption": "json:x"}}):
+    for lengths, setting in ((None, "txt"), ("abd", "txt"), ("abc", "json:x")):
         reader = FORMATS["captions"].reader(caption="txt")
-        source = RecordSource([str(paths[1])], reader, name="pairs", **({"settings": {"caption": "txt"}} | other))
+        settings = {"caption": setting}
+        source = RecordSource([str(paths[1])], reader, name="pairs", settings=settings, lengths=lengths)
         assert source.size(0) is None
     # What is measured already is not measured again.
     assert pairs(paths).measure("abc", measured, lambda: steps.append(1)) == 0
