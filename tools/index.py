@@ -105,7 +105,7 @@ def measure_one(checkpoint: Path, cfg: SourceConfig, image_root: str, path: str)
 
 def in_parallel(work: Callable[[str], Done], paths: Sequence[str], num_jobs: int) -> Iterable[Done]:
     """Do the shards, as many at a time as there are jobs."""
-    if num_jobs == 1 or len(paths) == 1:
+    if num_jobs == 1 or len(paths) <= 1:
         yield from map(work, paths)
         return
     # Spawned: the processes of a fork would inherit the threads of torch, or rather not.
@@ -118,7 +118,7 @@ def index_all(paths: Sequence[str], num_jobs: int) -> list[Done]:
     """Index what is not up to date, with rate and time left."""
     waiting = [path for path in paths if not is_up_to_date(path)]
     total = sum(os.path.getsize(path) for path in waiting)
-    is_alone = num_jobs == 1 or len(waiting) == 1
+    is_alone = num_jobs == 1 or len(waiting) <= 1
     done: list[Done] = []
     with tqdm(total=total, desc="index", unit="B", unit_scale=True, disable=None) as bar:
         # Progress within a shard can be told in this process only.

@@ -12,10 +12,13 @@ from PIL import Image
 
 from interleave_data import (
     DataFile,
+    Encoder,
     ImageLimits,
     ImagePart,
     InMemory,
+    PlanConfig,
     Sample,
+    Size,
     SkipCounter,
     SkipLimits,
     SkipReason,
@@ -234,12 +237,21 @@ def test_plain_text_bad_record(row, reason, made_record, skip_of):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Length:
     length: int
 
 
-def encode(sample) -> Encoded:
-    return Encoded(8 * len(sample.images()) + 1)
+class Counted(Encoder[Length, list[int]]):
+    """Eight tokens a picture and one for the text."""
+
+    def measure(self, sample, limit=None) -> Size:
+        return Size(8 * len(sample.images()) + 1, len(sample.images()))
+
+    def encode(self, sample, limit=None) -> Length:
+        return Length(self.measure(sample, limit).tokens)
+
+    def collate(self, items, ids) -> list[int]:
+        return [item.length for item in items]
 
 
 def test_two_hundred_pictures_are_all_there_unopened_and_the_cut_is_counted(made_record, pictures):
@@ -256,8 +268,8 @@ def test_two_hundred_pictures_are_all_there_unopened_and_the_cut_is_counted(made
     short = Sample("short", "documents", (Turn("document", (TextPart("Words."),)),))
     source = InMemory("documents", [Sample("long", "documents", (turn,)), short])
     skips = SkipCounter(SkipLimits(max_share=1.0))
-    batches = list(islice(Stream([source], encode, max_tokens=1600, skips=skips), 3))
-    assert {item.length for batch in batches for item in batch.items} == {1}
+    batches = list(islice(Stream([source], Counted(), PlanConfig(max_tokens=1600), skips=skips), 3))
+    assert {length for batch in batches for length in batch.data} == {1}
     assert set(skips.by_reason()) == {"too_long"}
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from interleave_data import FileBytes, ImageLimits, ImagePart, SkipReason, SkipSample, open_image
+from interleave_data.images import image_size
 
 COLOURS = [[(200, 30, 40), (20, 180, 60)], [(10, 40, 220), (240, 230, 20)], [(0, 0, 0), (255, 255, 255)]]
 
@@ -262,3 +263,70 @@ def test_part_refuses_a_large_file_before_reading_it(tmp_path):
 def test_limits_refuse(change, match):
     with pytest.raises(ValueError, match=match):
         ImageLimits(**change)
+
+
+def png_with(image: Image.Image, chunk: bytes, *, is_behind: bool) -> bytes:
+    """A PNG with a chunk of metadata before or behind its pixels."""
+    data = encode(image, "PNG")
+    at = data.index(b"IEND" if is_behind else b"IDAT") - 4
+    return data[:at] + chunk + data[at:]
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_is_told_upright_without_a_pixel(orientation, monkeypatch):
+    image = Image.new("RGB", (7, 3), "teal")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = exif.tobytes().removeprefix(b"Exif\0\0")
+    xmp = f'<x:xmpmeta tiff:Orientation="{orientation}"/>'.encode()
+    text = png_chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + xmp)
+    stored = [encode(image, fmt, exif=exif) for fmt in ("JPEG", "WEBP", "TIFF", "PNG")]
+    stored += [encode(image, "TIFF", exif=exif, compression="tiff_lzw"), encode(image, "WEBP", xmp=xmp)]
+    stored += [png_with(image, chunk, is_behind=late) for chunk in (png_chunk(b"eXIf", raw), text) for late in (0, 1)]
+    decoded = [open_image(data).size for data in stored]
+    expected = (3, 7) if orientation > 4 else (7, 3)
+    assert set(decoded) == {expected}
+
+    def refuse(*_arguments):
+        raise AssertionError("decoded a pixel")
+
+    # What every decoder goes through, and what lies between opening a file and its pixels.
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    assert [image_size(data) for data in stored] == decoded
+
+
+@pytest.mark.parametrize(
+    ("data", "limits"),
+    [
+        (b"", None),
+        (b"<html>", None),
+        (png(30_000, 30_000), None),
+        (png(13_000, 13_000), None),
+        (png(40, 40), ImageLimits(max_pixels=1000)),
+        (png(40, 40), ImageLimits(max_bytes=50)),
+        (png(40, 4), ImageLimits(min_side_px=5)),
+        (png(4, 4), ImageLimits(formats=("JPEG",))),
+    ],
+    ids=["nothing", "html", "bomb", "large", "pixels", "bytes", "small", "format"],
+)
+def test_size_is_refused_as_the_picture_would_be(data, limits):
+    with pytest.raises(SkipSample) as caught:
+        image_size(data, limits)
+    assert caught.value.reason is reason_of(data, limits)
+
+
+def test_a_size_that_was_known_is_held_against_the_picture():
+    data = encode(blocks(), "PNG")
+    assert ImagePart(data, size_px=(32, 48)).decode().size == ImagePart(data).size() == (32, 48)
+    # Nothing is read for a size that is known, but the limits hold for it.
+    absent = ImagePart(FileBytes("nowhere"), size_px=(32, 48))
+    assert absent.size() == (32, 48)
+    with pytest.raises(SkipSample, match="at most 1000 pixels"):
+        absent.size(ImageLimits(max_pixels=1000))
+    with pytest.raises(SkipSample, match=r"expected 48 × 32 px as indexed, got 32 × 48") as caught:
+        ImagePart(data, size_px=(48, 32)).decode()
+    assert caught.value.reason is SkipReason.BROKEN_IMAGE

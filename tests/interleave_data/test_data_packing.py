@@ -32,6 +32,23 @@ def test_pack_loses_nothing_and_keeps_the_budget(lengths, max_tokens, look_ahead
         left -= set(indices)
 
 
+def test_packer_keeps_a_budget_of_tiles_beside_that_of_tokens():
+    packer = Packer(10, max_tiles=4, look_ahead=5)
+    for name, size in {"a": (4, 2), "b": (5, 3), "c": (3, 2), "d": (3, 0), "e": (1, 1)}.items():
+        packer.push(name, *size)
+    # b would fill the tokens best, but not beside a's tiles; c does, and takes the last tile, so that e must wait.
+    assert [packer.pop(), packer.pop()] == [["a", "c", "d"], ["b", "e"]]
+    with pytest.raises(SkipSample, match="expected at most 4 tiles, got 5"):
+        packer.push("f", 1, 5)
+
+
+def test_packer_groups_samples_of_like_length():
+    packer = Packer(12, look_ahead=6, group_by_length=True)
+    for length in (3, 9, 4, 8, 2, 3):
+        packer.push(length, length)
+    assert [packer.pop(), packer.pop(), packer.pop()] == [[3, 3, 4, 2], [9], [8]]
+
+
 def test_pack_fills_well():
     rng = random.Random(0)
     lengths = [min(2048, int(rng.lognormvariate(5.5, 0.8))) + 1 for _ in range(2000)]
@@ -63,7 +80,7 @@ def test_packer_continues_from_its_state(lengths, cut):
     before = Packer(25, look_ahead=4)
     packs = run(before, range(cut))
     after = Packer(25, look_ahead=4)
-    after.load_state_dict(before.state_dict(lambda item: item), lambda item: (item, lengths[item]))
+    after.load_state_dict(before.state_dict(lambda item: item), lambda item, _size: item)
     assert packs + run(after, range(cut, len(lengths))) == expected
 
 
@@ -90,6 +107,7 @@ def test_packer_refuses_what_fits_no_pack():
         ({"max_tokens": 1, "look_ahead": 129}, "look_ahead"),
         ({"max_tokens": 1, "look_ahead": 4, "max_samples": 5}, "max_samples"),
         ({"max_tokens": 1, "max_samples": 0}, "max_samples"),
+        ({"max_tokens": 1, "max_tiles": 0}, "max_tiles"),
     ],
 )
 def test_packer_refuses(options, match):

@@ -8,6 +8,7 @@ from PIL import Image
 from interleave_data import (
     ImagePart,
     InMemory,
+    PreferenceSample,
     RecordSource,
     Sample,
     ShardError,
@@ -269,6 +270,7 @@ def preferences(root, **record) -> RecordSource:
 
 def test_preferences_pair(root):
     pair = preferences(root, id=3, image="a.png", question="What?", chosen="A dot.", rejected="A cat.")[0]
+    assert isinstance(pair, PreferenceSample)
     assert (pair.id, pair.source, pair.chosen, pair.rejected) == ("pairs.jsonl:0", "pairs", "A dot.", "A cat.")
     assert outline(pair) == [("user", ["<a.png>", "What?"])]
     pair = preferences(root, images=["a.png", "b.png"], prompt="<image>, <image>?", chosen="x", rejected="y")[0]

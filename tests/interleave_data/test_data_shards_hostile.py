@@ -173,7 +173,7 @@ print(len(shard), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) 
 
 
 @pytest.mark.parametrize(
-    ("num_members", "most_mb"), [(8_000, 8), pytest.param(100_000, 100, marks=pytest.mark.nightly)]
+    ("num_members", "most_mb"), [(3_000, 6), pytest.param(100_000, 100, marks=pytest.mark.nightly)]
 )
 def test_many_members_fit_in_little_memory(tmp_path, shard, num_members, most_mb):
     one = bytearray(member("00000.txt", b"t") + member("00000.bmp", b""))

@@ -428,9 +428,10 @@ def test_lengths_belong_to_a_fingerprint_a_format_and_a_state_of_the_shard(tmp_p
     assert len(steps) == 3
     expected = [None, None, None, Size(10, 0), None, Size(10, 2)]
     assert [pairs(paths, lengths="abc").size(n) for n in range(6)] == expected
-    for other in ({}, {"lengths": "abd"}, {"lengths": "abc", "settings": {"caption": "json:x"}}):
+    for lengths, setting in ((None, "txt"), ("abd", "txt"), ("abc", "json:x")):
         reader = FORMATS["captions"].reader(caption="txt")
-        source = RecordSource([str(paths[1])], reader, name="pairs", **({"settings": {"caption": "txt"}} | other))
+        settings = {"caption": setting}
+        source = RecordSource([str(paths[1])], reader, name="pairs", settings=settings, lengths=lengths)
         assert source.size(0) is None
     # What is measured already is not measured again.
     assert pairs(paths).measure("abc", measured, lambda: steps.append(1)) == 0
@@ -457,6 +458,14 @@ def test_source_goes_to_workers_without_its_tables(tmp_path):
     # The offsets alone would be 200 × 2 × 8.
     assert len(packed) < 1500
     assert said(pickle.loads(packed), 3) == "caption 3"
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format_goes_to_workers_with_its_settings(fmt):
+    other = {"caption": "json:alt", "granularity": 2, "floor": 1.5}
+    settings = {name: other[name] for name in FORMATS[fmt].settings}
+    again = pickle.loads(pickle.dumps(FORMATS[fmt].reader(**settings)))
+    assert again._from == (FORMATS[fmt], settings)
 
 
 def test_least_used_shards_are_let_go(tmp_path, monkeypatch):

@@ -1,12 +1,17 @@
 import json
+import random
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 
 import pytest
 
 from interleave_data import (
+    Encoder,
     InMemory,
+    PlanConfig,
     Sample,
+    Size,
     SkipCounter,
     SkipLimits,
     SkipReason,
@@ -33,40 +38,111 @@ def source(name: str, size: int, version: str = "") -> InMemory:
     return InMemory(name, samples, version=version)
 
 
-def encode(sample) -> Encoded:
-    """One token a letter; every seventh sample is bad."""
-    if int(sample.id) % 7 == 3:
-        raise SkipSample(SkipReason.BROKEN_IMAGE, "made up")
-    text = sample.turns[0].parts[0].text
-    return Encoded(text, len(text))
+class Letters(Encoder[Encoded, tuple]):
+    """One token a letter. Of seven samples one is bad when it is measured, and one when it is encoded."""
+
+    def measure(self, sample, limit=None, /) -> Size:
+        if int(sample.id) % 7 == 3:
+            raise SkipSample(SkipReason.BAD_RECORD, "made up")
+        return Size(len(self._text(sample, limit)), 0)
+
+    def encode(self, sample, limit=None, /) -> Encoded:
+        self.measure(sample)
+        if int(sample.id) % 7 == 5:
+            raise SkipSample(SkipReason.BROKEN_IMAGE, "made up")
+        text = self._text(sample, limit)
+        return Encoded(text, len(text))
+
+    def collate(self, items, ids, /) -> tuple:
+        return tuple(items)
+
+    def _text(self, sample, limit) -> str:
+        text = sample.turns[0].parts[0].text
+        return text if limit is None else text[: limit.tokens]
 
 
-def stream(**options) -> Stream[Encoded]:
-    settings = {"ratios": [2, 1], "max_tokens": 90, "seed": 5, "look_ahead": 6, "skips": SkipCounter(LENIENT)}
-    return Stream([source("long", 40), source("short", 9)], encode, **(settings | options))
+class Raising(Letters):
+    """Every sample makes trouble when it is measured."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def measure(self, sample, limit=None, /) -> Size:
+        raise self.error
+
+
+PLAN = {"ratios": (2, 1), "max_tokens": 90, "seed": 5, "look_ahead": 6}
+
+
+def stream(encoder=None, sources=None, ranks=(0, 1), skips=None, **options) -> Stream:
+    """The stream of these tests, with other settings of the plan."""
+    sources = sources or [source("long", 40), source("short", 9)]
+    cfg = PlanConfig(**(PLAN | options))
+    skips = skips or SkipCounter(LENIENT)
+    return Stream(sources, encoder or Letters(), cfg, rank=ranks[0], num_ranks=ranks[1], skips=skips)
 
 
 def outline(batch) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return batch.ids, tuple(item.text for item in batch.items)
+    return batch.ids, tuple(item.text for item in batch.data)
+
+
+def is_good(number: int) -> bool:
+    return number % 7 not in (3, 5)
 
 
 def test_batches_hold_whole_samples_within_the_budget():
     for batch in islice(stream(), 50):
-        assert batch.num_tokens == sum(len(item.text) for item in batch.items) <= 90
-        for name, item in zip(batch.ids, batch.items, strict=True):
+        assert batch.num_tokens == sum(len(item.text) for item in batch.data) <= 90
+        for name, item in zip(batch.ids, batch.data, strict=True):
             assert item.text.startswith(name.replace("/", " ") + " ")
         assert batch.digest == samples_digest(batch.ids)
 
 
-def test_every_good_sample_comes_once_an_epoch():
-    seen = []
-    data = stream(ratios=[40, 9])
-    # 49 draws are one epoch of both; a few more fill the window that is still waiting.
-    while data.mixture.epochs()["long"] < 3:
-        seen.extend(next(data).ids)
-    good = [f"long/{n}" for n in range(40) if n % 7 != 3] + [f"short/{n}" for n in range(9) if n % 7 != 3]
-    assert {name: min(seen.count(name), 2) for name in good} == dict.fromkeys(good, 2)
-    assert set(seen) == set(good)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_ranks_together_see_every_good_sample_once_an_epoch(num_ranks, group_by_length):
+    # Test T28.
+    seen, rounds, num_empty = [], [], 0
+    for rank in range(num_ranks):
+        data = stream(ranks=(rank, num_ranks), ratios=None, epochs=(3, 3), group_by_length=group_by_length)
+        batches = list(data)
+        rounds.append(len(batches))
+        seen += [name for batch in batches for name in batch.ids]
+        num_empty += sum(not batch.ids for batch in batches)
+        if num_ranks > 1:
+            assert [batch.number for batch in batches] == [rank + num_ranks * turn for turn in range(len(batches))]
+    good = [f"long/{n}" for n in range(40) if is_good(n)] + [f"short/{n}" for n in range(9) if is_good(n)]
+    assert sorted(seen) == sorted(good * 3)
+    # In step, which takes packs of nothing: to leave the last round out would lose what else is in it.
+    assert len(set(rounds)) == 1
+    assert (num_empty > 0) == (num_ranks == 8) or num_ranks in (2, 4)
+
+
+def test_packs_do_not_depend_on_the_number_of_ranks():
+    alone = {batch.number: outline(batch) for batch in islice(stream(), 40)}
+    two = [{batch.number: outline(batch) for batch in islice(stream(ranks=(rank, 2)), 10)} for rank in (0, 1)]
+    for mine in two:
+        assert all(alone.get(number, ((), ())) == outlined for number, outlined in mine.items())
+    assert not two[0].keys() & two[1].keys()
+
+
+def test_state_of_two_ranks_is_continued_by_one_or_four():
+    states = []
+    for rank in (0, 1):
+        data = stream(ranks=(rank, 2))
+        for _ in range(5):
+            next(data)
+        states.append(data.state_dict()["plan"])
+    # Taken behind a round, it is the same everywhere.
+    assert states[0] == states[1]
+    expected = {batch.number: outline(batch) for batch in islice(stream(), 60)}
+    got = {}
+    for rank in range(4):
+        data = stream(ranks=(rank, 4))
+        data.load_state_dict({"plan": states[0], "skips": {}})
+        got |= {batch.number: outline(batch) for batch in islice(data, 3)}
+    assert sorted(got) == list(range(10, 22))
+    assert all(got[number] == expected.get(number, ((), ())) for number in got)
 
 
 def test_same_seed_same_stream_and_other_seed_other_stream():
@@ -77,7 +153,7 @@ def test_same_seed_same_stream_and_other_seed_other_stream():
 @pytest.mark.parametrize("cut", [0, 1, 2, 7, 19])
 def test_stream_continues_exactly_from_its_state(cut):
     whole = stream()
-    expected = [(outline(batch), dict(whole.skips.by_reason())) for batch in islice(whole, 40)]
+    expected = [(outline(batch), whole.skips.table()) for batch in islice(whole, 40)]
     before = stream()
     for _ in range(cut):
         next(before)
@@ -86,7 +162,7 @@ def test_stream_continues_exactly_from_its_state(cut):
     next(before)
     after = stream()
     after.load_state_dict(json.loads(state))
-    assert [(outline(batch), dict(after.skips.by_reason())) for batch in islice(after, 40 - cut)] == expected[cut:]
+    assert [(outline(batch), after.skips.table()) for batch in islice(after, 40 - cut)] == expected[cut:]
     assert after.state_dict() != json.loads(state)
 
 
@@ -106,34 +182,108 @@ def test_state_is_small():
     data = stream()
     for _ in range(60):
         next(data)
-    assert len(json.dumps(data.state_dict())) < 1000
+    assert len(json.dumps(data.state_dict())) < 1200
 
 
 @pytest.mark.parametrize("forgotten", ["packer", "mixture"])
 def test_a_state_with_a_part_left_out_does_not_continue_the_stream(forgotten):
     # The comparison above must be able to fail.
     whole = [outline(batch) for batch in islice(stream(), 20)]
-    before, fresh, after = stream(), stream(), stream()
+    before, after = stream(), stream()
+    fresh = stream().state_dict()["plan"]
     for _ in range(5):
         next(before)
-    after.load_state_dict(before.state_dict() | {forgotten: fresh.state_dict()[forgotten]})
+    state = before.state_dict()
+    state["plan"] = state["plan"] | {forgotten: fresh[forgotten]}
+    after.load_state_dict(state)
     assert [outline(batch) for batch in islice(after, 15)] != whole[5:]
+
+
+def test_packing_resumed_at_random_steps_sees_the_same_samples():
+    # Test T8.
+    rng = random.Random(3)
+    whole = Counter(name for batch in stream(epochs=(4, 4)) for name in batch.ids)
+    data, seen = stream(epochs=(4, 4)), Counter()
+    for batch in data:
+        seen.update(batch.ids)
+        if rng.random() < 0.4:
+            state = json.loads(json.dumps(data.state_dict()))
+            data = stream(epochs=(4, 4))
+            data.load_state_dict(state)
+            seen.update(name for batch in islice(data, rng.randint(0, 3)) for name in batch.ids)
+            break
+    seen.update(name for batch in data for name in batch.ids)
+    assert seen == whole
+
+
+def test_resume_reads_no_sample():
+    class Counting(Letters):
+        num_measured = 0
+
+        def measure(self, sample, limit=None, /) -> Size:
+            Counting.num_measured += 1
+            return super().measure(sample, limit)
+
+    data = stream(Counting())
+    for _ in range(20):
+        next(data)
+    state = data.state_dict()
+    Counting.num_measured = 0
+    stream(Counting()).load_state_dict(state)
+    assert Counting.num_measured == 0
 
 
 def test_state_of_other_sources_is_refused_by_name():
     state = stream().state_dict()
-    changed = Stream([source("long", 40), source("short", 9, "new")], encode, ratios=[2, 1], max_tokens=90, seed=5)
+    changed = stream(sources=[source("long", 40), source("short", 9, "new")])
     with pytest.raises(ValueError, match="got others or changed ones: short;"):
         changed.load_state_dict(state)
+
+
+def test_a_changed_source_begins_anew_where_that_is_accepted():
+    # Test T7: only its own place is lost.
+    before = stream(epochs=None)
+    for _ in range(6):
+        next(before)
+    state = json.loads(json.dumps(before.state_dict()))
+    waiting = [name for name, *_ in state["plan"]["packer"]["waiting"]]
+    changed = stream(sources=[source("long", 40), source("short", 9, "new")])
+    assert changed.load_state_dict(state, accept_data_change=True) == ["short"]
+    now = json.loads(json.dumps(changed.state_dict()))["plan"]
+    assert now["mixture"]["drawn"] == [state["plan"]["mixture"]["drawn"][0], 0]
+    assert [name for name, *_ in now["packer"]["waiting"]] == [name for name in waiting if name[0] == 0]
+    assert now["number"] == state["plan"]["number"]
+    # The others go on as they would have: the samples of the unchanged source come in the same order.
+    unbroken = [name for batch in islice(before, 60) for name in batch.ids if name.startswith("long")]
+    resumed = [name for batch in islice(changed, 60) for name in batch.ids if name.startswith("long")]
+    assert set(unbroken[:20]) & set(resumed[:20])
+
+
+def test_sources_may_be_added_removed_and_moved_where_that_is_accepted():
+    before = stream()
+    for _ in range(6):
+        next(before)
+    state = json.loads(json.dumps(before.state_dict()))
+    after = stream(sources=[source("fresh", 5), source("long", 40)])
+    with pytest.raises(ValueError, match="fresh, short"):
+        after.load_state_dict(state)
+    assert after.load_state_dict(state, accept_data_change=True) == ["fresh"]
+    drawn = state["plan"]["mixture"]["drawn"]
+    assert after.state_dict()["plan"]["mixture"]["drawn"] == [0, drawn[0]]
+    assert {name.split("/")[0] for batch in islice(after, 20) for name in batch.ids} == {"fresh", "long"}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ratios": [1, 1]}, r"mixture state: expected shares \[0.5, 0.5\], got"),
+        ({"ratios": (1, 1)}, r"mixture state: expected shares \[0.5, 0.5\], got"),
         ({"max_tokens": 91}, "packer state: expected max_tokens 91, got max_tokens 90"),
         ({"look_ahead": 5}, "packer state: expected look_ahead 5, got look_ahead 6"),
         ({"max_samples": 2}, "packer state: expected max_samples 2, got max_samples None"),
+        ({"max_tiles": 2}, "packer state: expected max_tiles 2, got max_tiles None"),
+        ({"too_long": "error"}, "plan state: expected too_long error, got too_long drop"),
+        ({"epochs": (1, None)}, "mixture state: expected limits"),
+        ({"ratio_unit": "tokens"}, "mixture state: expected unit tokens"),
     ],
 )
 def test_state_of_other_settings_is_refused_by_name(change, message):
@@ -141,72 +291,103 @@ def test_state_of_other_settings_is_refused_by_name(change, message):
         stream(**change).load_state_dict(stream().state_dict())
 
 
-def test_waiting_sample_that_has_become_too_long_is_an_error():
-    data = stream()
-    for _ in range(4):
-        next(data)
+def test_a_sample_that_is_not_as_long_as_planned_is_an_error():
+    class Grown(Letters):
+        def encode(self, sample, limit=None, /) -> Encoded:
+            return Encoded("", 91)
 
-    def grown(sample):
-        return Encoded("", 91)
-
-    sources = [source("long", 40), source("short", 9)]
-    after = Stream(sources, grown, ratios=[2, 1], max_tokens=90, seed=5, look_ahead=6)
-    with pytest.raises(ValueError, match=r"waiting sample .*: expected at most 90 tokens, got 91"):
-        after.load_state_dict(data.state_dict())
-
-
-def test_waiting_sample_that_is_gone_on_resume_is_an_error():
-    data = stream()
-    for _ in range(4):
-        next(data)
-
-    def spoilt(sample):
-        raise SkipSample(SkipReason.UNREADABLE_FILE, "gone")
-
-    sources = [source("long", 40), source("short", 9)]
-    after = Stream(sources, spoilt, ratios=[2, 1], max_tokens=90, seed=5, look_ahead=6)
-    with pytest.raises(ValueError, match="expected the sample that waited when saved"):
-        after.load_state_dict(data.state_dict())
+    with pytest.raises(ValueError, match=r"\w+:\d+: expected \d+ tokens as planned, got 91"):
+        next(stream(Grown()))
 
 
 def test_skips_are_counted_by_source_and_reason():
-    data = stream()
-    for _ in range(30):
-        next(data)
-    table = data.skips.table()
-    assert set(table) == {"long", "short"}
-    assert data.skips.by_reason() == {"broken_image": sum(row["broken_image"] for row in table.values())}
-    epochs = data.mixture.epochs()
-    assert (data.skips.num_seen("long"), data.skips.num_seen("short")) == (40 * epochs["long"], 9 * epochs["short"])
+    data = stream(ratios=None, epochs=(2, 4))
+    list(data)
+    # Of 0 to 39, six are 3 modulo 7 and five are 5; of 0 to 8, one and one.
+    assert data.skips.table() == {
+        "long": {"bad_record": 12, "broken_image": 10},
+        "short": {"bad_record": 4, "broken_image": 4},
+    }
+    assert data.skips.by_reason() == {"bad_record": 16, "broken_image": 14}
+    assert (data.skips.num_seen("long"), data.skips.num_seen("short")) == (80, 36)
+    assert data.epochs() == {"long": 2.0, "short": 4.0}
 
 
-def test_too_long_is_counted_or_an_error():
+def test_bad_samples_shift_nothing():
+    # Test T13: with the same places of the other samples, whether a bad one is found when measured or when decoded.
+    class Repaired(Letters):
+        def encode(self, sample, limit=None, /) -> Encoded:
+            text = self._text(sample, limit)
+            return Encoded(text, len(text))
+
+    for batch, whole in zip(islice(stream(), 40), islice(stream(Repaired()), 40), strict=True):
+        assert list(batch.ids) == [name for name in whole.ids if is_good(int(name.split("/")[1]))]
+    drawn = stream()
+    for _ in range(200):
+        next(drawn)
+    first, second = (drawn.skips.num_seen(name) for name in ("long", "short"))
+    assert first / (first + second) == pytest.approx(2 / 3, rel=0.01)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_same_samples_are_skipped_whether_resumed_or_not(num_ranks):
+    # Test T13 on ranks: each counts the holes of its own packs, so together they count each hole once.
+    def run(cut):
+        counted, numbers = Counter(), []
+        for rank in range(num_ranks):
+            data = stream(ranks=(rank, num_ranks), ratios=None, epochs=(3, 3))
+            numbers.append([batch.number for batch in islice(data, cut)])
+            after = stream(ranks=(rank, num_ranks), ratios=None, epochs=(3, 3))
+            after.load_state_dict(json.loads(json.dumps(data.state_dict())))
+            numbers[-1] += [batch.number for batch in after]
+            counted.update(
+                {(name, reason): n for name, row in after.skips.table().items() for reason, n in row.items()}
+            )
+        return counted, numbers
+
+    whole, resumed = run(0), run(4)
+    assert whole == resumed
+    assert whole[0] == {
+        ("long", "bad_record"): 18,
+        ("long", "broken_image"): 15,
+        ("short", "bad_record"): 3,
+        ("short", "broken_image"): 3,
+    }
+    assert len({len(numbers) for numbers in whole[1]}) == 1
+
+
+def test_too_long_is_counted_cut_or_an_error():
     skips = SkipCounter(LENIENT)
-    data = stream(max_tokens=20, skips=skips)
-    for batch in islice(data, 5):
-        assert batch.num_tokens <= 20
-    assert skips.by_reason()["too_long"] > 0
-    with pytest.raises(ValueError, match=r"long/\d+: expected at most 20 tokens"):
+    dropping = stream(max_tokens=20, skips=skips, epochs=(1, 1))
+    dropped = list(dropping)
+    assert all(batch.num_tokens <= 20 for batch in dropped)
+    cutting = stream(max_tokens=20, epochs=(1, 1), too_long="truncate-text")
+    cut = [item for batch in cutting for item in batch.data]
+    assert max(item.length for item in cut) == 20
+    assert "too_long" not in cutting.skips.by_reason()
+    # What the one leaves out the other cuts, but for those that are bad when they are decoded.
+    long = [n for n in range(40) if len(f"long {n} ") + n * 37 % 23 > 20]
+    short = [n for n in range(9) if len(f"short {n} ") + n * 37 % 23 > 20]
+    assert skips.by_reason()["too_long"] == sum(n % 7 != 3 for n in long + short)
+    assert cutting.skips.num_truncated == sum(is_good(n) for n in long + short)
+    with pytest.raises(
+        ValueError, match=r"long:\d+: expected at most 20 tokens and any number of tiles, got 2\d and 0"
+    ):
         list(islice(stream(max_tokens=20, too_long="error"), 50))
 
 
 def test_errors_of_the_program_are_not_skipped():
-    def broken(sample):
-        raise KeyError("oops")
-
     with pytest.raises(KeyError, match="oops"):
-        next(Stream([source("a", 3)], broken, max_tokens=10))
+        next(stream(Raising(KeyError("oops"))))
 
 
 def test_a_source_without_any_good_sample_ends_the_run():
-    def spoilt(sample):
-        raise SkipSample(SkipReason.NOT_AN_IMAGE, "html")
-
     counter = SkipCounter(SkipLimits(max_share=1.0, max_consecutive=100))
+    spoilt = Raising(SkipSample(SkipReason.NOT_AN_IMAGE, "html"))
     with pytest.raises(
         TooManySkips, match=r"a: expected fewer than 100 .* got 100 \(not_an_image 100\).*a:\d: not_an"
     ) as error:
-        next(Stream([source("a", 3)], spoilt, max_tokens=10, skips=counter))
+        next(stream(spoilt, [source("a", 3)], ratios=None, skips=counter))
     assert isinstance(error.value.__cause__, SkipSample)
 
 

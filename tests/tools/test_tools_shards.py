@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from interleave_data import ImagePart, RecordSource, SourceConfig, open_source
+from interleave_data import ImagePart, RecordSource, SourceConfig, load_data_file, open_source
 
 ADDRESS = "https://example.com/cat.png"
 
@@ -80,6 +80,32 @@ def test_index_refuses_what_it_cannot_do(repo_root: Path, tmp_path: Path) -> Non
         done = run(repo_root, "index", *args)
         assert done.returncode == 2
         assert words in done.stderr
+
+
+def test_index_measures_samples_exactly_for_a_checkpoint(
+    repo_root: Path, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
+) -> None:
+    from blip3_lite import save_model
+
+    save_model(tmp_path / "model", tiny_model, tiny_processor)
+    rows = [
+        {"images": ["b.png", None], "texts": [None, "the square"]},
+        {"images": ["absent.png", None], "texts": [None, "red"]},
+        {"images": [None], "texts": ["what colour is the square?"]},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data_file = tmp_path / "data.toml"
+    data_file.write_text('[[sources]]\nname = "s"\nformat = "obelics"\npath = "x.jsonl"\nimage_root = "pictures"\n')
+    for num_bad in (1, 0):  # what is measured is not measured again
+        done = run(repo_root, "index", data_file, "--checkpoint", tmp_path / "model")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[1] == f"measured s: 3 samples, {num_bad} newly found that cannot be encoded"
+    (cfg,) = load_data_file(data_file).sources
+    source = open_source(cfg, lengths=tiny_processor.size_fingerprint)
+    encoded = [tiny_processor.encode(source[n]) for n in (0, 2)]
+    assert [source.size(n) for n in (0, 2)] == [(item.length, len(item.tiles)) for item in encoded]
+    assert source.size(1) is None
+    assert open_source(cfg, lengths="another").size(0) is None
 
 
 def test_packed_llava_reads_as_the_records_did(repo_root: Path, tmp_path: Path, pictures: Path) -> None:

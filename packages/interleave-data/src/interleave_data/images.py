@@ -19,9 +19,10 @@ from .errors import SkipReason, SkipSample
 
 # Orientations that exchange width and height.
 _SIDEWAYS = (5, 6, 7, 8)
+_MAX_FRAMES = 4096
 _METADATA_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 # What Pillow's decoders and tag readers are known to raise on damaged files.
-DECODE_ERRORS = (
+_DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -83,6 +84,27 @@ def image_size(data: bytes, limits: ImageLimits | None = None, frame: int = 0) -
                 return _upright_size(image, data)
             except DECODE_ERRORS as error:
                 raise SkipSample(SkipReason.BROKEN_IMAGE, f"{image.format}: {error}") from error
+
+
+def frame_sizes(data: bytes, limits: ImageLimits) -> list[tuple[int, int] | None]:
+    """`image_size` of each page of a TIFF, and of the one picture that anything else is; None where it is refused."""
+    num_frames = 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"PIL\.")
+        try:
+            with _open_checked(data, limits) as image:
+                if isinstance(image, TiffImageFile):
+                    num_frames = min(image.n_frames, _MAX_FRAMES)
+        except (SkipSample, *_DECODE_ERRORS):
+            # Broken from the first page on, or behind it.
+            num_frames = 1
+    sizes: list[tuple[int, int] | None] = []
+    for frame in range(num_frames):
+        try:
+            sizes.append(image_size(data, limits, frame))
+        except SkipSample:
+            sizes.append(None)
+    return sizes
 
 
 def check_size(size_px: tuple[int, int], limits: ImageLimits) -> None:
@@ -151,7 +173,7 @@ def _open_checked(data: bytes, limits: ImageLimits) -> Image.Image:
     except UnidentifiedImageError as error:
         expected = "/".join(limits.formats)
         raise SkipSample(SkipReason.NOT_AN_IMAGE, f"expected {expected}, got something else") from error
-    except DECODE_ERRORS as error:
+    except _DECODE_ERRORS as error:
         raise SkipSample(SkipReason.BROKEN_IMAGE, f"header: {error}") from error
     check_size(image.size, limits)
     return image
@@ -163,7 +185,7 @@ def _seek(image: Image.Image, frame: int, limits: ImageLimits) -> None:
         return
     try:
         image.seek(frame)
-    except DECODE_ERRORS as error:
+    except _DECODE_ERRORS as error:
         raise SkipSample(SkipReason.BROKEN_IMAGE, f"{image.format}: expected a frame {frame}, got {error}") from error
     check_size(image.size, limits)
 

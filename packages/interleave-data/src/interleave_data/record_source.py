@@ -85,6 +85,9 @@ class RecordSource:
         self._names = _shard_names(self._paths)
         self._ends = np.cumsum([header.num_samples for header in self._headers], dtype=np.int64)
         self._open: OrderedDict[int, tuple[Shard, Lengths | None]] = OrderedDict()
+        whole = msgspec.json.encode([list(self.shards.items()), sorted(self._settings.items())])
+        self.fingerprint = sha256(whole).hexdigest()[:16]
+        """Digest of the shards' names, order and contents and the format's settings; not of folders, nor of times."""
 
     def _make_index(self, path: str, on_index: OnIndex | None) -> IndexHeader:
         shard_bytes = os.path.getsize(path)
@@ -105,12 +108,6 @@ class RecordSource:
     def shards(self) -> dict[str, str]:
         """Digest of each shard by its name, in order: what `shard_changes` compares."""
         return {name: header.digest for name, header in zip(self._names, self._headers, strict=True)}
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the shards' names, order and contents and the format's settings; not of folders, nor of times."""
-        whole = msgspec.json.encode([list(self.shards.items()), sorted(self._settings.items())])
-        return sha256(whole).hexdigest()[:16]
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

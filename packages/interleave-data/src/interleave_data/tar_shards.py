@@ -15,7 +15,7 @@ import tarfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import BinaryIO, NamedTuple, TypeVar, cast
 
@@ -23,8 +23,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import ImageLimits
 from .errors import ShardError, SkipReason, SkipSample
-from .image_headers import page_sizes
+from .images import frame_sizes
 from .index_file import ShardIndex
 from .samples import ImagePart, SliceBytes
 from .sources import printable
@@ -44,6 +45,8 @@ _MAX_TEXT_BYTES = 1 << 22
 _MAX_NAME_BYTES = 1 << 20
 # What is larger is no picture: it is neither looked into while indexing nor ever read.
 _MAX_PICTURE_BYTES = 1 << 26
+# As large as a limit can be set: what a run lets in is looked at when it reads.
+_ANY_PICTURE = ImageLimits(max_pixels=89_478_485, max_bytes=_MAX_PICTURE_BYTES)
 _MAX_MEMBER_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 20
 
@@ -123,8 +126,8 @@ class _Table:
         self._number.append(number)
         self._first_image.append(len(self._image_size) // 2)
         if code >= _FIRST_PICTURE:
-            for width, height in page_sizes(data):
-                self._image_size.extend((width, height))
+            for size in frame_sizes(data, _ANY_PICTURE):
+                self._image_size.extend(size or (0, 0))
 
     def _begin(self, key: bytes) -> None:
         self._key = key
@@ -142,11 +145,11 @@ class _Table:
         """
         self._refuse_repeated_keys()
         return {
-            "first_member": np.array([*self._first_member, len(self._offset)], np.int64),
+            "first_member": np.append(np.array(self._first_member, np.int64), len(self._offset)),
             "key_end": np.array(self._key_ends, np.int64),
             "offset": np.array(self._offset, np.int64),
             "size": np.array(self._size, np.int64),
-            "image_first": np.array([*self._first_image, len(self._image_size) // 2], np.int64),
+            "image_first": np.append(np.array(self._first_image, np.int64), len(self._image_size) // 2),
             "crc32": np.array(self._crc32, np.uint32),
             "image_size": np.array(self._image_size, np.int32).reshape(-1, 2),
             "number": np.array(self._number, np.int16),
@@ -255,12 +258,16 @@ class TarRecord:
             raise SkipSample(SkipReason.BAD_RECORD, str(error), self.where) from error
 
     def picture(self) -> ImagePart | None:
-        """Refer to the first picture of the sample.
+        """Refer to the first picture of the sample; of a TIFF with several pages without a size, for any of them.
 
         Raises:
             SkipSample: if it is far larger than any picture.
         """
-        return next((self._part(name) for name in self._picture_names()), None)
+        name = next(iter(self._picture_names()), None)
+        if name is None:
+            return None
+        part = self._part(name)
+        return replace(part, size_px=None) if len(self.members[name].page_sizes) > 1 else part
 
     def pictures(self) -> list[ImagePart]:
         """Refer to all pictures in the members' order; each page of a TIFF is one.
@@ -294,13 +301,14 @@ class TarRecord:
         return [name for name in self.members if _CODES[name[0]] >= _FIRST_PICTURE]
 
     def _part(self, name: _MemberName, page: int = 0) -> ImagePart:
-        span = self.members[name].span
+        span, sizes = self.members[name]
         if span.size > _MAX_MEMBER_BYTES:
             detail = f"expected a picture of at most {_MAX_MEMBER_BYTES} bytes, got {span.size}"
             raise SkipSample(SkipReason.TOO_MANY_BYTES, detail, self.where)
         number = "" if name[1] < 0 else f".{name[1]}"
         key = f"{self.where}{number}.{name[0]}"
-        return ImagePart(span, key=f"{key}#{page}" if page else key, frame=page)
+        size_px = None if sizes[page] == (0, 0) else sizes[page]
+        return ImagePart(span, key=f"{key}#{page}" if page else key, frame=page, size_px=size_px)
 
     def _read(self, suffix: str) -> bytes:
         stored = self.members.get((suffix, -1))

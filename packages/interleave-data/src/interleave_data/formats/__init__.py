@@ -1,11 +1,11 @@
 """The layouts that records can have, by the names that data files call them. Importing this imports no reader."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
-    from ..records import Format
+    from ..records import Body, Format, Images, Record
 
 Setting = str | int | float
 
@@ -22,10 +22,30 @@ class Layout(NamedTuple):
     settings: tuple[str, ...] = ()
     """Fields of `SourceConfig` that it depends on."""
 
-    def reader(self, **settings: Setting) -> "Format":
+    def reader(self, **settings: Setting) -> "Reader":
         """Import the reader and give it its settings."""
-        function = getattr(import_module(f".{self.module}", __name__), self.function)
-        return cast("Callable[..., Format]", function)(**settings) if self.settings else cast("Format", function)
+        return Reader(self, settings)
+
+
+class Reader:
+    """A format with its settings; it goes to other processes by these, as a function made on the way could not."""
+
+    def __init__(self, layout: Layout, settings: Mapping[str, Setting]) -> None:
+        self._from = layout, settings
+        function = getattr(import_module(f".{layout.module}", __name__), layout.function)
+        made = cast("Callable[..., Format]", function)(**settings) if layout.settings else cast("Format", function)
+        self._read = made
+
+    def __call__(self, record: "Record", images: "Images") -> "Body":
+        """Read a record.
+
+        Raises:
+            SkipSample: as the format says.
+        """
+        return self._read(record, images)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Reader, self._from
 
 
 FORMATS = {
