@@ -10,7 +10,7 @@ from blip3_lite.assembly import join_parts, load_tower
 from blip3_lite.checkpoint import read_config
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
-from interleave_data import Sample, SkipSample, TextPart, TooManySkips
+from interleave_data import Sample, SkipSample, TextPart, TooManySkips, WorkerError
 from phi3_lite import load_lm, train_tokenizer
 from train_config import Command, DemoRun, LanguageRun, StageRun, WarmupRun, run_path
 from train_demo import run_demo
@@ -51,7 +51,7 @@ def run(command: Command) -> int:
         is_finished = _dispatch(command, stop)
     except BadInputError as error:
         return _fail(BAD_INPUT, error)
-    except TooManySkips as error:
+    except (TooManySkips, WorkerError) as error:
         return _fail(TOO_MUCH_BAD_DATA, error)
     except OSError as error:
         # Set-up is behind us and readers turn their own into skips: only what a run writes is left.
