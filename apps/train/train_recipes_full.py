@@ -17,6 +17,8 @@ _IMAGE_TOKENS = 640
 _TEXT_TOKENS = 2048
 """Longest text of an SFT sample [published]."""
 _SAMPLES_A_PACK = 8
+_NUM_WORKERS = 4
+"""Pictures are decoded and tiled ahead of the step [ours]; batches are the same for any number."""
 _ADAPTERS = LoraConfig(
     # 2.5 % of the language model's weights [published]; rank 64 on all four projections is 2.6 % of them [computed].
     rank=64,
@@ -50,7 +52,7 @@ def pretrain() -> StageConfig:
     gives none]. A step is 1 M tokens [ours: usual at this size], hence the number of steps.
     """
     train = _train(100_000, 2000, 1e-4, weight_decay=0.1, accumulation_steps=64)
-    return StageConfig(train=train, views="base", max_tokens=16_384)
+    return StageConfig(train=train, views="base", max_tokens=16_384, num_workers=_NUM_WORKERS)
 
 
 def sft() -> StageConfig:
@@ -82,6 +84,7 @@ def dpo() -> StageConfig:
         lora=_ADAPTERS,
         max_tokens=2 * 4 * (_TEXT_TOKENS + _IMAGE_TOKENS),
         max_samples=4,
+        num_workers=_NUM_WORKERS,
     )
 
 
@@ -98,13 +101,17 @@ def safety() -> StageConfig:
         lora=_ADAPTERS,
         max_tokens=_SAMPLES_A_PACK * (_TEXT_TOKENS + _IMAGE_TOKENS),
         max_samples=_SAMPLES_A_PACK,
+        num_workers=_NUM_WORKERS,
     )
 
 
 def _instructions(num_samples: int, warmup_steps: int, learning_rate: float) -> StageConfig:
     train = _train(num_samples // 64, warmup_steps, learning_rate, weight_decay=0.0, accumulation_steps=8)
     return StageConfig(
-        train=train, max_tokens=_SAMPLES_A_PACK * (_TEXT_TOKENS + _IMAGE_TOKENS), max_samples=_SAMPLES_A_PACK
+        train=train,
+        max_tokens=_SAMPLES_A_PACK * (_TEXT_TOKENS + _IMAGE_TOKENS),
+        max_samples=_SAMPLES_A_PACK,
+        num_workers=_NUM_WORKERS,
     )
 
 

@@ -256,8 +256,11 @@ def stage_trainer(
     stop: StopFlag,
     first_step: int = 0,
     resume: Path | None = None,
+    accept_data_change: bool = False,
 ) -> Trainer[Any]:
     """Make one stage ready for `fit_stage`: freeze plan, adapters, stream, and where it left off.
+
+    With `accept_data_change` a source that has changed since the checkpoint begins anew, and says so.
 
     Raises:
         ValueError: settings, data or checkpoint do not fit each other.
@@ -268,7 +271,7 @@ def stage_trainer(
     full_processor = processor
     if stage.views == "base":
         processor = base_view_processor(processor)
-    stream = make_stream(stage, data, processor, features, stage.train.seed)
+    stream = make_stream(stage, data, processor, features, stage.train.seed, accept_data_change=accept_data_change)
     trainer: Trainer[Any] = Trainer(
         model=Preference(model, stage.dpo) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),
@@ -283,7 +286,7 @@ def stage_trainer(
         stop=stop,
     )
     if resume is not None:
-        trainer.resume(resume)
+        trainer.resume(resume, accept_changes=accept_data_change)
     return trainer
 
 

@@ -76,6 +76,7 @@ def test_measured_is_encoded_whole_and_cut(processor, turns, data):
         assert encoded is size
         return
     assert isinstance(encoded, EncodedSample)
+    assert isinstance(size, Size)
     whole = encoded
     assert Size(whole.length, len(whole.tiles)) == size
     limit = Size(data.draw(st.integers(1, size.tokens + 2)), data.draw(st.integers(0, size.tiles + 1)))

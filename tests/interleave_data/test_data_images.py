@@ -286,7 +286,9 @@ def test_size_is_told_upright_without_a_pixel(orientation, monkeypatch):
     text = png_chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + xmp)
     stored = [encode(image, fmt, exif=exif) for fmt in ("JPEG", "WEBP", "TIFF", "PNG")]
     stored += [encode(image, "TIFF", exif=exif, compression="tiff_lzw"), encode(image, "WEBP", xmp=xmp)]
-    stored += [png_with(image, chunk, is_behind=late) for chunk in (png_chunk(b"eXIf", raw), text) for late in (0, 1)]
+    stored += [
+        png_with(image, chunk, is_behind=late) for chunk in (png_chunk(b"eXIf", raw), text) for late in (False, True)
+    ]
     decoded = [open_image(data).size for data in stored]
     expected = (3, 7) if orientation > 4 else (7, 3)
     assert set(decoded) == {expected}

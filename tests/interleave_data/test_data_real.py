@@ -184,8 +184,8 @@ def test_packs_of_real_mixtures_are_filled(real, kind):
         full = packs[:-3]
         return sum(pack.size.tokens for pack in full) / 4096 / len(full), set(seen)
 
-    share, seen = packed(128)
+    share, seen = packed(64)
     assert share >= 0.97
     assert seen == fitting
-    # As they come, packs are filled worse, so the bound can fail.
-    assert packed(1)[0] < 0.97
+    # The bound can fail: with little choice packs are filled worse.
+    assert packed(8)[0] < 0.97

@@ -3,6 +3,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import pytest
 
@@ -190,10 +191,10 @@ def test_a_state_with_a_part_left_out_does_not_continue_the_stream(forgotten):
     # The comparison above must be able to fail.
     whole = [outline(batch) for batch in islice(stream(), 20)]
     before, after = stream(), stream()
-    fresh = stream().state_dict()["plan"]
+    fresh: Any = stream().state_dict()["plan"]
     for _ in range(5):
         next(before)
-    state = before.state_dict()
+    state: Any = before.state_dict()
     state["plan"] = state["plan"] | {forgotten: fresh[forgotten]}
     after.load_state_dict(state)
     assert [outline(batch) for batch in islice(after, 15)] != whole[5:]
@@ -269,7 +270,8 @@ def test_sources_may_be_added_removed_and_moved_where_that_is_accepted():
         after.load_state_dict(state)
     assert after.load_state_dict(state, accept_data_change=True) == ["fresh"]
     drawn = state["plan"]["mixture"]["drawn"]
-    assert after.state_dict()["plan"]["mixture"]["drawn"] == [0, drawn[0]]
+    now: Any = after.state_dict()["plan"]
+    assert now["mixture"]["drawn"] == [0, drawn[0]]
     assert {name.split("/")[0] for batch in islice(after, 20) for name in batch.ids} == {"fresh", "long"}
 
 

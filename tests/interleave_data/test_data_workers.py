@@ -11,6 +11,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -105,7 +106,7 @@ def test_workers_are_at_most_two_packs_ahead(parts, tmp_path: Path):
     with stream(parts, 1, parts.Counting(str(tmp_path))) as data:
         for _ in range(6):
             next(data)
-        consumed = data.state_dict()["plan"]["number"]
+        consumed = cast(Any, data.state_dict()["plan"])["number"]
         deadline = time.monotonic() + 10
         while len(list(tmp_path.iterdir())) < consumed + 2 and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -9,6 +9,7 @@ import numpy as np
 
 from interleave_data import Encoder, ImagePart, InMemory, Sample, Size, SkipReason, SkipSample, TextPart, Turn
 from interleave_data.samples import SliceBytes
+from interleave_data.sources import AnySample
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Counting(Letters):
             return super().collate(items, ids)
 
 
-def text_of(sample: Sample) -> str:
+def text_of(sample: AnySample) -> str:
     (part,) = (part for part in sample.turns[0].parts if isinstance(part, TextPart))
     return part.text
 
