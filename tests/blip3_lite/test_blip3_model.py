@@ -86,6 +86,28 @@ def test_kept_features_give_the_same_hidden_states_as_pixels(tiny_model, tiny_pr
     )
 
 
+def test_the_tower_sees_as_many_tiles_however_many_are_missing(
+    tiny_model, tiny_processor, picture, monkeypatch
+) -> None:
+    """Products round by their shape; a resumed run begins with an empty cache, and its losses must not show it.
+
+    `tests/apps/test_apps_train_kills.py` compares the losses, on sizes that round differently.
+    """
+    tiny_model.requires_grad_(False)
+    turns = [(user_turn([picture(index, (16, 16))], "what?"),) for index in range(11)]
+    samples = [tiny_processor.encode_prompt(Sample(id="x", source="t", turns=turn)) for turn in turns]
+    compute, seen = tiny_model.patch_features, []
+    monkeypatch.setattr(
+        tiny_model, "patch_features", lambda tiles, valid: (seen.append(len(tiles)), compute(tiles, valid))[1]
+    )
+    together = FeatureCache(tiny_model, max_bytes=10**6).features(samples)
+    cache = FeatureCache(tiny_model, max_bytes=10**6)
+    one_by_one = torch.cat([cache.features([sample]) for sample in samples[::-1]][::-1])
+    assert len(cache) >= 11
+    assert set(seen) == {cache.tiles_per_call}
+    assert torch.equal(together, one_by_one)
+
+
 def test_feature_cache_refuses_a_trainable_tower(tiny_model) -> None:
     with pytest.raises(ValueError, match="frozen vision tower"):
         FeatureCache(tiny_model, max_bytes=1)

@@ -1,6 +1,7 @@
 """Kill a run at any moment, resume it, and nothing shows; and the comparison can fail."""
 
 import json
+import resource
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -132,3 +133,25 @@ def test_resume_at_an_epochs_end_twice_in_one_and_at_once(tmp_path: Path) -> Non
         stop_behind(folder, cfg, *stops, num_samples=24)
         trainer(folder, cfg, num_samples=24).fit()
         assert course(folder) == whole, stops
+
+
+@pytest.mark.nightly
+def test_two_thousand_steps_with_kills_end_in_the_same_weights(tmp_path: Path) -> None:
+    attempts = killed(tmp_path, max_steps=2000, save_every=20, kills=["calls", "disk", "startup"] * 10, seed=4)
+    check_kills(tmp_path, attempts, max_steps=2000, save_every=20)
+
+
+@pytest.mark.nightly
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    made = trainer(tmp_path / "run", settings(max_steps=2000, save_every=50))
+    resident: list[int] = []
+
+    def look(record) -> None:
+        if record.step % 100 == 0:
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+
+    made.on_step = look
+    made.fit()
+    # The first hundreds fill caches.
+    slope = (resident[-1] - resident[4]) / (len(resident) - 5)
+    assert slope < 1 << 20

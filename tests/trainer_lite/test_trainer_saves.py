@@ -132,7 +132,9 @@ def test_what_the_thread_makes_whole_is_the_step_it_was_written_at(tiny, tmp_pat
         def __init__(self, finish) -> None:
             self.finish = finish
 
-        is_done = False
+        @property
+        def is_done(self) -> bool:
+            return False
 
         def wait(self) -> Path:
             return self.finish()
