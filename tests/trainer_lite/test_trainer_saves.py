@@ -125,8 +125,9 @@ def test_what_the_thread_makes_whole_is_the_step_it_was_written_at(tiny, tmp_pat
     from safetensors.torch import load_file
 
     import trainer_lite.loop as loop
+    from trainer_lite.background import BackgroundSave
 
-    class Late(loop.BackgroundSave):
+    class Late(BackgroundSave):
         """Begins only when somebody waits for it."""
 
         def __init__(self, finish) -> None:

@@ -1,7 +1,7 @@
 """A small run with everything that a resume must bring back: dropout, a mixture, packing, bad samples, a schedule."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from interleave_data import InMemory, Sample, SkipCounter, SkipLimits, SkipReason, SkipSample, Stream, TextPart, Turn
+from interleave_data import (
+    Encoder,
+    InMemory,
+    PlanConfig,
+    Sample,
+    Size,
+    SkipCounter,
+    SkipLimits,
+    SkipReason,
+    SkipSample,
+    Stream,
+    TextPart,
+    Turn,
+)
 from trainer_lite import LossSum, OptimizerConfig, RunFolder, ScheduleConfig, StopFlag, TrainConfig, Trainer
 
 BAD_SHARE = 0.1
@@ -62,13 +75,22 @@ class NetFiles:
         self.network.load_state_dict(load_file(folder / "model.safetensors"))
 
 
-def encode(sample: Any) -> Row:
-    drawn = random.Random(sample.id)
-    if drawn.random() < BAD_SHARE:
-        raise SkipSample(SkipReason.BROKEN_IMAGE, "drawn to be bad")
-    length = drawn.randint(1, 9)
-    inputs = torch.tensor([[drawn.gauss(0, 1) for _ in range(3)] for _ in range(length)])
-    return Row(inputs, inputs.sum(1).sin())
+class Rows(Encoder[Row, tuple[Row, ...]]):
+    """A row is a function of the sample's id; some are bad, which is told only on encoding, like a broken picture."""
+
+    def measure(self, sample: Any, limit: Size | None = None, /) -> Size:
+        return Size(random.Random(sample.id).randint(1, 9), 0)
+
+    def encode(self, sample: Any, limit: Size | None = None, /) -> Row:
+        drawn = random.Random(sample.id)
+        length = drawn.randint(1, 9)
+        if drawn.random() < BAD_SHARE:
+            raise SkipSample(SkipReason.BROKEN_IMAGE, "drawn to be bad")
+        inputs = torch.tensor([[drawn.gauss(0, 1) for _ in range(3)] for _ in range(length)])
+        return Row(inputs, inputs.sum(1).sin())
+
+    def collate(self, items: Sequence[Row], ids: Sequence[str], /) -> tuple[Row, ...]:
+        return tuple(items)
 
 
 class RowStream:
@@ -80,9 +102,8 @@ class RowStream:
             for name, count in (("a", num_samples), ("b", num_samples // 3))
         ]
         limits = SkipLimits(max_share=0.5)
-        self.stream: Stream[Row] = Stream(
-            sources, encode, ratios=[2, 1], max_tokens=16, look_ahead=8, seed=3, skips=SkipCounter(limits)
-        )
+        cfg = PlanConfig(ratios=(2, 1), max_tokens=16, look_ahead=8, seed=3)
+        self.stream: Stream[Row, tuple[Row, ...]] = Stream(sources, Rows(), cfg, skips=SkipCounter(limits))
 
     @property
     def skipped(self) -> Mapping[str, int]:
@@ -90,7 +111,7 @@ class RowStream:
 
     def __iter__(self) -> Iterator[RowBatch]:
         for batch in self.stream:
-            yield RowBatch(list(batch.ids), batch.items)
+            yield RowBatch(list(batch.ids), batch.data)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.stream.state_dict())

@@ -59,7 +59,7 @@ def open_image(data: bytes, limits: ImageLimits | None = None, frame: int = 0) -
                 expected = _upright_size(image, data)
                 image.load()
                 decoded = _to_rgb(ImageOps.exif_transpose(image), image.format)
-            except DECODE_ERRORS as error:
+            except _DECODE_ERRORS as error:
                 raise SkipSample(SkipReason.BROKEN_IMAGE, f"{image.format}: {error}") from error
     if decoded.size != expected:
         # Tokens are planned from the header alone.
@@ -82,7 +82,7 @@ def image_size(data: bytes, limits: ImageLimits | None = None, frame: int = 0) -
             _seek(image, frame, limits)
             try:
                 return _upright_size(image, data)
-            except DECODE_ERRORS as error:
+            except _DECODE_ERRORS as error:
                 raise SkipSample(SkipReason.BROKEN_IMAGE, f"{image.format}: {error}") from error
 
 
