@@ -126,7 +126,8 @@ def test_resume_at_an_epochs_end_twice_in_one_and_at_once(tmp_path: Path) -> Non
     cfg = settings(max_steps=16, save_every=0)
     made = trainer(tmp_path / "whole", cfg, num_samples=24)
     made.fit()
-    assert made.counters.tokens > 4 * 24 * 5
+    # Samples have 5 tokens on average, and one in ten is bad.
+    assert made.counters.tokens > 4 * 24 * 4.5
     whole = course(tmp_path / "whole")
     for stops in [[step] for step in range(1, 16)] + [[3, 4, 5], [7, 7, 7, 12]]:
         folder = tmp_path / "-".join(map(str, stops))
