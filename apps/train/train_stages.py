@@ -18,6 +18,7 @@ from interleave_data import (
     ImageLimits,
     PlanConfig,
     PreferenceSample,
+    RecordSource,
     Sample,
     Size,
     SkipCounter,
@@ -70,6 +71,7 @@ def data_of_file(path: str) -> StageData:
         open_sources(file),
         [source.ratio for source in file.sources],
         ratio_unit=file.ratio_unit,
+        epochs=[source.epochs for source in file.sources],
         group_by_length=file.group_by_length,
         skip_limits=file.skip_limits,
         image_limits=file.image_limits,
@@ -126,11 +128,8 @@ class PackStream:
         stream: Stream[Any, Any],
         objective: Literal["next_token", "preference"],
         features: FeatureCache | None,
-        *,
-        accept_data_change: bool = False,
     ) -> None:
         self._stream, self._objective, self._features = stream, objective, features
-        self._accept_data_change = accept_data_change
 
     @property
     def skipped(self) -> Mapping[str, int]:
@@ -154,9 +153,9 @@ class PackStream:
         """What has been consumed."""
         return dict(self._stream.state_dict())
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        for name in self._stream.load_state_dict(state, accept_data_change=self._accept_data_change):
+    def load_state_dict(self, state: dict[str, Any], *, accept_data_change: bool = False) -> None:
+        """Continue from a saved state; with `accept_data_change` a source that has changed begins anew, and says so."""
+        for name in self._stream.load_state_dict(state, accept_data_change=accept_data_change):
             say(f"{name}: has changed since the checkpoint, so it is read from its beginning")
 
 
@@ -188,15 +187,12 @@ def freeze(model: Blip3, stage: StageConfig) -> None:
 
 
 def make_stream(
-    stage: StageConfig,
-    data: StageData,
-    processor: Processor,
-    features: FeatureCache | None,
-    seed: int,
-    *,
-    accept_data_change: bool = False,
+    stage: StageConfig, data: StageData, processor: Processor, features: FeatureCache | None, seed: int
 ) -> PackStream:
-    """The stage's batches."""
+    """The stage's batches; lengths that `tools/index.py` has measured for this processor are taken from the index."""
+    for source in data.sources:
+        if isinstance(source, RecordSource):
+            source.use_lengths(processor.size_fingerprint)
     plan = PlanConfig(
         max_tokens=stage.max_tokens,
         max_tiles=stage.max_tiles,
@@ -217,7 +213,7 @@ def make_stream(
         data_timeout_s=stage.data_timeout_s,
         skips=SkipCounter(data.skip_limits),
     )
-    return PackStream(stream, stage.objective, features, accept_data_change=accept_data_change)
+    return PackStream(stream, stage.objective, features)
 
 
 def base_view_processor(processor: Processor) -> Processor:
@@ -255,15 +251,11 @@ def stage_trainer(
     progress: Progress,
     stop: StopFlag,
     first_step: int = 0,
-    resume: Path | None = None,
-    accept_data_change: bool = False,
 ) -> Trainer[Any]:
-    """Make one stage ready for `fit_stage`: freeze plan, adapters, stream, and where it left off.
-
-    With `accept_data_change` a source that has changed since the checkpoint begins anew, and says so.
+    """Make one stage ready for `fit_stage`: freeze plan, adapters, stream.
 
     Raises:
-        ValueError: settings, data or checkpoint do not fit each other.
+        ValueError: settings and data do not fit each other.
     """
     if features is not None and stage.trains_tower:
         raise ValueError("features: expected none for a stage that trains the vision tower, got a cache; they go stale")
@@ -271,8 +263,8 @@ def stage_trainer(
     full_processor = processor
     if stage.views == "base":
         processor = base_view_processor(processor)
-    stream = make_stream(stage, data, processor, features, stage.train.seed, accept_data_change=accept_data_change)
-    trainer: Trainer[Any] = Trainer(
+    stream = make_stream(stage, data, processor, features, stage.train.seed)
+    return Trainer(
         model=Preference(model, stage.dpo) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),
         stream=stream,
@@ -285,9 +277,6 @@ def stage_trainer(
         progress=progress,
         stop=stop,
     )
-    if resume is not None:
-        trainer.resume(resume, accept_changes=accept_data_change)
-    return trainer
 
 
 def fit_stage(trainer: Trainer[Any], model: Blip3) -> FitResult:

@@ -5,10 +5,12 @@ import pytest
 
 from interleave_data import (
     DataFileError,
+    Mixture,
     PreferenceSample,
     RecordSource,
     Sample,
     ShardError,
+    Size,
     SkipLimits,
     SourceConfig,
     load_data_file,
@@ -170,3 +172,32 @@ def test_skip_limits_refuse(change):
 def test_package_imports_without_torch():
     code = "import sys, interleave_data as d; d.Stream, d.DataFile, d.open_sources; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_window_and_epochs_of_a_source_reach_it_and_senseless_ones_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "row {number}"}}\n' for number in range(20)))
+    table = '[[sources]]\nname = "a"\nformat = "text"\npath = "a.jsonl"\n'
+    (tmp_path / "data.toml").write_text(f"{table}window = 8\nepochs = 1.5\n")
+    file = load_data_file(tmp_path / "data.toml")
+    [source] = open_sources(file)
+    assert isinstance(source, RecordSource)
+    assert (source.window, file.sources[0].epochs) == (8, 1.5)
+    drawn = Mixture([source], seed=1)
+    assert sorted(drawn.index(next(drawn)) for _ in range(20)) == list(range(20))
+    for bad, match in (("window = 3", "window: expected at least 8"), ("epochs = 0.0", "epochs: expected above 0")):
+        (tmp_path / "data.toml").write_text(f"{table}{bad}\n")
+        with pytest.raises(DataFileError, match=match):
+            load_data_file(tmp_path / "data.toml")
+
+
+def test_measured_sizes_are_used_from_when_they_are_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "three"}\n')
+    (tmp_path / "data.toml").write_text('[[sources]]\nname = "a"\nformat = "text"\npath = "a.jsonl"\n')
+    [source] = open_sources(load_data_file(tmp_path / "data.toml"))
+    assert isinstance(source, RecordSource)
+    source.measure("letters", lambda sample: Size(len(sample.turns[0].parts[0].text), 0), lambda: None)
+    assert source.size(1) is None
+    source.use_lengths("letters")
+    assert [source.size(index) for index in range(2)] == [Size(3, 0), Size(5, 0)]
+    source.use_lengths("words")
+    assert source.size(1) is None

@@ -111,6 +111,10 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Folder that image paths are relative to and may not leave; by default the folder that holds all shards."""
     ratio: float = 1.0
     """Share of samples drawn from this source, relative to the other sources'."""
+    epochs: float | None = None
+    """How many times over the source is drawn at most; then the others go on without it. None for without end."""
+    window: int | None = None
+    """Samples that are shuffled together, for files that are read in blocks (parquet); None to shuffle them all."""
     caption: str = "txt"
     """For captions: where the caption stands, `txt` for the .txt member or `json:KEY` for a key of the record."""
     granularity: int = 0
@@ -136,6 +140,10 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in sorted(SETTINGS - set(FORMATS[self.format].settings)):
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name}: expected none for {self.format}, got {getattr(self, name)}; leave it out")
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs: expected above 0 and finite, got {self.epochs}; leave it out for without end")
+        if self.window is not None and self.window < 8:
+            raise ValueError(f"window: expected at least 8 samples, got {self.window}; use several thousand")
         if not 0 < self.ratio < float("inf"):
             raise ValueError(f"ratio: expected above 0 and finite, got {self.ratio}; leave the source out instead")
         if self.caption != "txt" and not re.fullmatch(r"json:.+", self.caption):

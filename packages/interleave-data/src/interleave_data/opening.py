@@ -52,6 +52,7 @@ def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIn
             settings={"format": cfg.format, **settings},
             lengths=lengths,
             indexed_only=cfg.indexed_only,
+            window=cfg.window,
             on_index=on_index,
         )
     except ShardError as error:

@@ -43,12 +43,14 @@ class RecordSource:
         settings: Mapping[str, Setting] | None = None,
         lengths: str | None = None,
         indexed_only: bool = False,
+        window: int | None = None,
         on_index: OnIndex | None = None,
     ) -> None:
         """Open the shards by their indexes; an index that is missing, or older than its shard, is made.
 
         `settings` name the format and all that it depends on, for the fingerprint. `lengths` is the fingerprint of what
         measured the samples (see `measure`). With `indexed_only` a shard without an index is left out (`num_left_out`).
+        `window`: samples that are shuffled together, None for all.
 
         Raises:
             ShardError: if a shard is cut or damaged, or has another size than was indexed.
@@ -58,6 +60,7 @@ class RecordSource:
         if not paths:
             raise ValueError(f"{name}: expected at least one shard, got none; check `path`")
         self.name = name
+        self.window = window
         self.num_left_out = 0
         """Shards without an index that were left out."""
         self._read = read
@@ -103,6 +106,11 @@ class RecordSource:
                 error.strerror or error,
             )
         return index.header
+
+    def use_lengths(self, measured_by: str) -> None:
+        """From now on take sizes from what this measured, where it has (see `measure`)."""
+        self._lengths = _lengths_fingerprint(measured_by, self._settings)
+        self._open.clear()
 
     @property
     def shards(self) -> dict[str, str]:
