@@ -195,7 +195,11 @@ def test_measured_sizes_are_used_from_when_they_are_asked_for(tmp_path):
     (tmp_path / "data.toml").write_text('[[sources]]\nname = "a"\nformat = "text"\npath = "a.jsonl"\n')
     [source] = open_sources(load_data_file(tmp_path / "data.toml"))
     assert isinstance(source, RecordSource)
-    source.measure("letters", lambda sample: Size(len(sample.turns[0].parts[0].text), 0), lambda: None)
+
+    def letters(sample) -> Size:
+        return Size(len(sample.turns[0].parts[0].text), 0)
+
+    source.measure("letters", letters, lambda: None)
     assert source.size(1) is None
     source.use_lengths("letters")
     assert [source.size(index) for index in range(2)] == [Size(3, 0), Size(5, 0)]

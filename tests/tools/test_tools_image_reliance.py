@@ -70,7 +70,7 @@ def test_every_question_of_the_split_keeps_two_answers(tool, num_answers: tuple[
 
 
 def test_split_fills_no_place_with_a_question_that_stands_once(tool) -> None:
-    with pytest.raises(ValueError, match="expected 5 with several answers, got [24]"):
+    with pytest.raises(ValueError, match="expected 5 with several answers"):
         tool.ambiguous_rows(_groups(2, 2, 2), 5, 0)
     with pytest.raises(ValueError, match="expected at least 2"):
         tool.ambiguous_rows(_groups(2, 2, 2), 1, 0)
