@@ -187,17 +187,9 @@ def freeze(model: Blip3, stage: StageConfig) -> None:
             parameter.requires_grad_(True)
 
 
-def make_stream(
-    stage: StageConfig,
-    data: StageData,
-    processor: Processor,
-    features: FeatureCache | None,
-    seed: int,
-    *,
-    accept_data_change: bool = False,
-) -> PackStream:
-    """The stage's batches."""
-    plan = PlanConfig(
+def plan_config(stage: StageConfig, data: StageData, seed: int) -> PlanConfig:
+    """What decides which samples share a pack."""
+    return PlanConfig(
         max_tokens=stage.max_tokens,
         max_tiles=stage.max_tiles,
         max_samples=stage.max_samples,
@@ -209,10 +201,22 @@ def make_stream(
         epochs=None if data.epochs is None else tuple(data.epochs),
         seed=seed,
     )
+
+
+def make_stream(
+    stage: StageConfig,
+    data: StageData,
+    processor: Processor,
+    features: FeatureCache | None,
+    seed: int,
+    *,
+    accept_data_change: bool = False,
+) -> PackStream:
+    """The stage's batches."""
     stream: Stream[Any, Any] = Stream(
         data.sources,
         StageEncoder(processor, stage.objective, is_collated=features is None),
-        plan,
+        plan_config(stage, data, seed),
         num_workers=stage.num_workers,
         data_timeout_s=stage.data_timeout_s,
         skips=SkipCounter(data.skip_limits),
