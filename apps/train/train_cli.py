@@ -5,6 +5,7 @@ train sft --data FILE          one stage
 train --config runs/x/config.json --max-steps 50
 train --out runs/x --resume    the stage in runs/x, with the settings it was started with
 train sft … --resume auto      begin that stage, or go on with it: the same line each time
+train sft … --dry-run          say what would be trained, and on what
 """
 
 import difflib
@@ -43,6 +44,7 @@ FREE_ON_RESUME = (
 )
 """What may change when a run is continued: it moves no weight, or keeps a bad step from moving them."""
 NEWEST, AUTO = "newest", "auto"
+DRY_RUN = "--dry-run"
 
 
 class SavedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,6 +132,14 @@ def _check_recipe(recipe: str) -> None:
         _refuse(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe}; {hint}")
 
 
+def _check_dry_run(recipe: str, config: RunConfig) -> None:
+    if not isinstance(config, StageRun):
+        stages = [name for name, make in RECIPES.items() if isinstance(make(), StageRun)]
+        _refuse(f"--dry-run: expected a stage ({', '.join(stages)}), got {recipe}; name one")
+    if config.resume not in (None, AUTO):
+        _refuse("--dry-run: expected no --resume, got one; leave it out to see the stage from its beginning")
+
+
 def _saved_run(arguments: list[str], recipe: str | None, is_new_allowed: bool) -> tuple[str, StageRun] | None:
     """Recipe and config of the run that `--resume` is to continue; None if there is none yet and that is allowed."""
     out, _ = _take("--out", arguments)
@@ -171,6 +181,8 @@ def _check_same_course(saved: StageRun, config: StageRun) -> None:
 
 def parse_command_line(arguments: Sequence[str]) -> Command:
     """Return the resolved config, or exit with status 2 and a reason."""
+    is_dry_run = DRY_RUN in arguments
+    arguments = [argument for argument in arguments if argument != DRY_RUN]
     file, rest = _take("--config", _usual_forms(arguments))
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if recipe is not None:
@@ -188,7 +200,12 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
         recipe = recipe or "demo"
         default = RECIPES[recipe]()
     description = f"{type(default).__doc__}\n\nRecipes: {', '.join(RECIPES)}. --config FILE starts from a saved config."
-    description += " --checkpoint-every N is another name of --save-every N."
+    description += (
+        " --checkpoint-every N is another name of --save-every N. --dry-run trains nothing and writes no run "
+    )
+    description += (
+        "folder: it prints parameters, memory, tokens a step, steps an epoch and the first samples of a stage."
+    )
     try:
         config = tyro.cli(
             type(default),
@@ -204,4 +221,6 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
         _refuse(str(error))
     if saved is not None and isinstance(config, StageRun):
         _check_same_course(saved, config)
-    return Command(recipe=recipe, config=config)
+    if is_dry_run:
+        _check_dry_run(recipe, config)
+    return Command(recipe=recipe, config=config, is_dry_run=is_dry_run)

@@ -233,3 +233,5 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
     recipe: str
     config: RunConfig
+    is_dry_run: bool = False
+    """Whether to say only what would be trained (see `train_dry_run`)."""

@@ -9,6 +9,7 @@ import torch
 from blip3_lite import Blip3, CheckpointError, FeatureCache, LoadedModel, Processor, load_tokenizer
 from blip3_lite.assembly import join_parts, load_tower
 from blip3_lite.checkpoint import read_config
+from blip3_lite.model import undrawn_model
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
 from interleave_data import Sample, SkipSample, TextPart, TooManySkips, WorkerError
@@ -16,6 +17,7 @@ from phi3_lite import load_lm, train_tokenizer
 from train_cli import AUTO, NEWEST
 from train_config import Command, DemoRun, LanguageRun, StageRun, WarmupRun, run_path
 from train_demo import run_demo
+from train_dry_run import describe_stage, shell_of
 from train_errors import (
     BAD_INPUT,
     FINISHED,
@@ -78,6 +80,8 @@ def _fail(status: int, error: Exception | str) -> int:
 
 
 def _dispatch(command: Command, stop: StopFlag) -> bool:
+    if command.is_dry_run and isinstance(command.config, StageRun):
+        return _dry_run(command.recipe, command.config)
     if isinstance(command.config, DemoRun):
         return run_demo(command.config, stop)
     if isinstance(command.config, LanguageRun):
@@ -165,14 +169,33 @@ def _new_model(config: StageRun, data: StageData) -> tuple[Blip3, Processor]:
         loaded = _load_start(config)
         tokenizer = loaded.processor.tokenizer
         return loaded.model, Processor(loaded.config.model, tokenizer, data.image_limits, IMAGE_CACHE_BYTES)
+    return Blip3(config.model), _fresh_processor(config, data)
+
+
+def _fresh_processor(config: StageRun, data: StageData) -> Processor:
+    """Of a fresh model, with the tokenizer that was named, or one that is trained on its data's text."""
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(Path(config.tokenizer))
     elif config.data is None:
         tokenizer = world_tokenizer(config.model.lm.vocab_size)
     else:
         tokenizer = train_tokenizer(_texts(data), config.model.lm.vocab_size)
-    processor = Processor(config.model, tokenizer, data.image_limits, IMAGE_CACHE_BYTES)
-    return Blip3(config.model), processor
+    return Processor(config.model, tokenizer, data.image_limits, IMAGE_CACHE_BYTES)
+
+
+def _dry_run(recipe: str, config: StageRun) -> bool:
+    """Say what the stage would be; no weight is drawn or loaded but those of --vision and --language."""
+    with checking_input():
+        data = _stage_data(recipe, config)
+        if config.init is not None:
+            model, processor = shell_of(Path(config.init), data.image_limits)
+        elif config.language is not None:
+            model, processor = _new_model(config, data)
+        else:
+            model, processor = undrawn_model(config.model), _fresh_processor(config, data)
+        lines = describe_stage(recipe, config, model, processor, data)
+    print("\n".join(lines))
+    return True
 
 
 def _load_start(config: StageRun) -> LoadedModel:

@@ -186,14 +186,9 @@ def freeze(model: Blip3, stage: StageConfig) -> None:
             parameter.requires_grad_(True)
 
 
-def make_stream(
-    stage: StageConfig, data: StageData, processor: Processor, features: FeatureCache | None, seed: int
-) -> PackStream:
-    """The stage's batches; lengths that `tools/index.py` has measured for this processor are taken from the index."""
-    for source in data.sources:
-        if isinstance(source, RecordSource):
-            source.use_lengths(processor.size_fingerprint)
-    plan = PlanConfig(
+def plan_config(stage: StageConfig, data: StageData, seed: int) -> PlanConfig:
+    """What decides which samples share a pack."""
+    return PlanConfig(
         max_tokens=stage.max_tokens,
         max_tiles=stage.max_tiles,
         max_samples=stage.max_samples,
@@ -205,10 +200,19 @@ def make_stream(
         epochs=None if data.epochs is None else tuple(data.epochs),
         seed=seed,
     )
+
+
+def make_stream(
+    stage: StageConfig, data: StageData, processor: Processor, features: FeatureCache | None, seed: int
+) -> PackStream:
+    """The stage's batches; lengths that `tools/index.py` has measured for this processor are taken from the index."""
+    for source in data.sources:
+        if isinstance(source, RecordSource):
+            source.use_lengths(processor.size_fingerprint)
     stream: Stream[Any, Any] = Stream(
         data.sources,
         StageEncoder(processor, stage.objective, is_collated=features is None),
-        plan,
+        plan_config(stage, data, seed),
         num_workers=stage.num_workers,
         data_timeout_s=stage.data_timeout_s,
         skips=SkipCounter(data.skip_limits),

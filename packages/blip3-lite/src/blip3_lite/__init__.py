@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .processor import Processor as Processor
     from .processor import load_tokenizer as load_tokenizer
     from .processor import user_turn as user_turn
+    from .spans import Span as Span
+    from .spans import Token as Token
+    from .spans import spans_of as spans_of
 
 __all__ = [
     "WEIGHTS",
@@ -44,6 +47,8 @@ __all__ = [
     "PackedBatch",
     "Processor",
     "SamplingConfig",
+    "Span",
+    "Token",
     "answer_batch",
     "collate",
     "generate_steps",
@@ -55,6 +60,7 @@ __all__ = [
     "place_image_tokens",
     "read_manifest",
     "save_model",
+    "spans_of",
     "stream_answer",
     "user_turn",
     "write_folder",
@@ -86,6 +92,9 @@ _HOMES = {
     "Processor": "processor",
     "load_tokenizer": "processor",
     "user_turn": "processor",
+    "Span": "spans",
+    "Token": "spans",
+    "spans_of": "spans",
 }
 
 

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, drawn with nothing but string formatting; colours come from the page's CSS variables."""
+"""Charts drawn with nothing but string formatting: lines as inline SVG, bars as HTML; colours are the page's."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -119,6 +119,38 @@ def line_chart(curves: Mapping[str, Curve], *, is_log: bool = False, x_label: st
     if len(series) > 1:
         parts.append(_legend(list(series)))
     return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its name, its parts, and the id of the element that a click leads to."""
+
+    label: str
+    parts: Sequence[int]
+    to: str = ""
+
+
+def stacked_bars(parts: Sequence[str], bars: Sequence[Bar]) -> str:
+    """Return HTML: a row a bar, all to one scale, and a legend of the parts.
+
+    Raises:
+        ValueError: a bar of another number of parts.
+    """
+    for bar in bars:
+        if len(bar.parts) != len(parts):
+            raise ValueError(f"bar {bar.label!r}: expected {len(parts)} parts, got {len(bar.parts)}; use 0 for none")
+    longest = max((sum(bar.parts) for bar in bars), default=0) or 1
+    rows: list[str] = []
+    for bar in bars:
+        stack = "".join(
+            f'<i style="width:{100 * part / longest:.2f}%;background:var(--series-{index % 6 + 1})"></i>'
+            for index, part in enumerate(bar.parts)
+        )
+        said = ", ".join(f"{name} {part}" for name, part in zip(parts, bar.parts, strict=True))
+        link = f' href="#{escape(bar.to)}"' if bar.to else ""
+        rows.append(f'<a{link}>{escape(bar.label)}</a><div title="{escape(said)}">{stack}</div>')
+        rows.append(f"<b>{sum(bar.parts):,}</b>")
+    return f'<div class="card"><div class="bars">{"".join(rows)}</div>{_legend(parts)}</div>'
 
 
 def _legend(labels: Sequence[str]) -> str:

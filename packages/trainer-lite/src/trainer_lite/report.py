@@ -22,7 +22,7 @@ from typing import Literal
 from PIL import Image
 
 from .atomic import write_atomically
-from .charts import Curve, line_chart
+from .charts import Bar, Curve, line_chart, stacked_bars
 from .metrics import StepRecord
 
 PICTURE_PX = 320
@@ -70,8 +70,9 @@ Cell = str | int | float | Share | None
 class Report:
     """Sections, added in reading order and written once."""
 
-    def __init__(self, title: str, subtitle: str = "") -> None:
-        self.title, self.subtitle = title, subtitle
+    def __init__(self, title: str, subtitle: str = "", style: str = "") -> None:
+        """`style`: CSS for what `add_html` adds."""
+        self.title, self.subtitle, self._style = title, subtitle, _STYLE + style
         self._sections: list[str] = []
 
     def add_text(self, heading: str, text: str) -> "Report":
@@ -93,6 +94,14 @@ class Report:
             for name, curves in charts.items()
         )
         return self._add(heading, f'<div class="charts">{body}</div>')
+
+    def add_bars(self, heading: str, parts: Sequence[str], bars: Sequence[Bar], note: str = "") -> "Report":
+        """Add stacked bars, one below the other, with a legend of their parts."""
+        return self._add(heading, stacked_bars(parts, bars) + _note(note))
+
+    def add_html(self, heading: str, html: str) -> "Report":
+        """Add what is HTML already; whoever made it has escaped all text in it."""
+        return self._add(heading, html)
 
     def add_loss_curves(self, records: Iterable[StepRecord], heading: str = "Loss by stage") -> "Report":
         """Add the loss of each stage over its steps, on logarithmic axes, smoothed."""
@@ -123,7 +132,7 @@ class Report:
             f"<tr><th>{_cell(row[0])}</th>{''.join(f'<td>{_cell(cell)}</td>' for cell in row[1:])}</tr>" for row in rows
         )
         table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        return self._add(heading, table + (f'<p class="muted note">{escape(note)}</p>' if note else ""))
+        return self._add(heading, table + _note(note))
 
     def add_pictures(self, heading: str, pictures: Sequence[Picture]) -> "Report":
         """Add cards of a picture, its tiles, caption and notes."""
@@ -135,7 +144,7 @@ class Report:
         page = (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head>"
+            f"<title>{escape(self.title)}</title><style>{self._style}</style></head>"
             f"<body><main><header><h1>{escape(self.title)}</h1>{subtitle}</header>"
             f"{''.join(self._sections)}</main></body></html>\n"
         )
@@ -145,6 +154,10 @@ class Report:
         title = f"<h2>{escape(heading)}</h2>" if heading else ""
         self._sections.append(f"<section>{title}{body}</section>")
         return self
+
+
+def _note(text: str) -> str:
+    return f'<p class="muted note">{escape(text)}</p>' if text else ""
 
 
 def _cell(cell: Cell) -> str:
@@ -220,6 +233,9 @@ thead th{color:var(--muted);font-weight:500;font-size:12.5px}th:first-child{text
 .bar{position:relative;height:4px;min-width:84px;margin-top:2px;border-radius:2px;background:var(--line)}
 .bar i{position:absolute;inset:0 auto 0 0;background:var(--series-1);border-radius:2px}
 .bar u{position:absolute;top:-2px;height:8px;border:solid var(--ink);border-width:0 1px;opacity:.6}
+.bars{display:grid;grid-template-columns:auto 1fr auto;gap:3px 10px;align-items:center;font-size:12.5px}
+.bars a{color:inherit;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;max-width:30ch}
+.bars div{display:flex;height:11px}.bars i{min-width:0}.bars b{font-weight:500;text-align:right;color:var(--muted)}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:12px;align-items:start}
 .pictures .card>img{display:block;width:100%;border-radius:6px;background:var(--line)}
 .pictures figcaption{font-weight:600;margin-top:8px}.tiles{display:flex;flex-wrap:wrap;gap:4px;margin-top:6px}

@@ -1,0 +1,351 @@
+"""`--dry-run`: what a stage would train and on what, without training, a run folder or, but for parts, weights."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from blip3_lite import Blip3, Blip3Config, EncodedSample, Processor, load_tokenizer, read_manifest, spans_of
+from blip3_lite.checkpoint import read_config
+from blip3_lite.model import undrawn_model
+from blip3_lite.opening import is_release
+from blip3_lite.presets import xgen_mm_config
+from blip3_lite.xgen_mm import detect_kind, xgen_mm_tokenizer
+from interleave_data import ImageLimits, Plan, PlannedPack, Size, SkipCounter, SkipSample
+from train_config import StageConfig, StageRun
+from train_errors import BadInputError
+from train_objectives import SamplePair
+from train_stages import IMAGE_CACHE_BYTES, StageData, StageEncoder, base_view_processor, freeze, plan_config
+from trainer_lite import group_parameters
+
+_PACKS, _SAMPLES, _CHARACTERS = 16, 3, 2000
+_STATES_OF = {"adamw": 2, "muon": 1}
+"""Numbers that a rule keeps of each parameter: first and second moment, or momentum."""
+_TILES_PER_CALL = 64
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """One part of the model: numbers of parameters and bytes."""
+
+    name: str
+    num_parameters: int
+    num_trained: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def shell_of(path: Path, limits: ImageLimits) -> tuple[Blip3, Processor]:
+    """The model at `path` without its weights: of a checkpoint of ours or a release of xGen-MM.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if is_release(path):
+        cfg, tokenizer = xgen_mm_config(detect_kind(path)), xgen_mm_tokenizer(path / "tokenizer.json")
+    else:
+        read_manifest(path, verify=False)
+        saved = read_config(path)
+        cfg, tokenizer = saved.model, load_tokenizer(path / saved.tokenizer_file)
+    return undrawn_model(cfg), Processor(cfg, tokenizer, limits, IMAGE_CACHE_BYTES)
+
+
+def part_sizes(model: Blip3, stage: StageConfig) -> list[PartSize]:
+    """Sizes of the three parts under the freeze plan, which `freeze` must have applied; activations left out."""
+    named = dict(model.named_parameters())
+    kinds = {name: group.kind for group in group_parameters(named, stage.train.optimizer) for name in group.names}
+    parts: dict[str, nn.Module] = {
+        "vision tower": model.vision_encoder,
+        "connector": model.vision_tokenizer,
+        "language model": model.lang_model,
+    }
+    names = {id(parameter): name for name, parameter in named.items()}
+    sizes: list[PartSize] = []
+    for part, module in parts.items():
+        held = list(module.parameters())
+        trained = [parameter for parameter in held if parameter.requires_grad]
+        sizes.append(
+            PartSize(
+                part,
+                num_parameters=sum(parameter.numel() for parameter in held),
+                num_trained=sum(parameter.numel() for parameter in trained),
+                weight_bytes=sum(parameter.nbytes for parameter in held),
+                gradient_bytes=sum(parameter.nbytes for parameter in trained),
+                optimizer_bytes=sum(
+                    parameter.nbytes * _STATES_OF[kinds[names[id(parameter)]]] for parameter in trained
+                ),
+            )
+        )
+    return sizes
+
+
+def kept_numbers(cfg: Blip3Config, tokens: int, tiles: int) -> dict[str, int]:
+    """Estimate how many numbers each part keeps for the backward pass of one pack, if it is trained whole.
+
+    Counted from the layers' code with fused attention, which keeps no matrix of weights: what a linear map reads, what
+    a norm reads, q, k, v and what they were made from, and both sides of each activation function.
+    """
+    vision, connector, lm = cfg.vision, cfg.connector, cfg.lm
+    patches, latents = vision.num_patches, connector.num_latents
+    inner, wide = connector.inner_dim, connector.ff_mult * connector.dim
+    groups = tiles if cfg.tiling.kind != "anyres_fixed" else max(1, tiles // cfg.tiling.max_tiles)
+    qkv = (lm.num_heads + 2 * lm.num_kv_heads) * lm.head_dim
+    rotated = (2 * lm.num_heads + lm.num_kv_heads) * lm.head_dim
+    return {
+        "vision tower": tiles
+        * (patches * (vision.num_layers * (8 * vision.width + 2 * vision.mlp_width) + vision.width) + _stem(cfg)),
+        "connector": connector.depth
+        * ((tiles * patches + groups * latents) * (connector.dim + 2 * inner)
+           + groups * latents * (4 * connector.dim + 2 * inner + 2 * wide))
+        + tiles * patches * connector.dim,
+        "language model": tokens * (lm.num_layers * (4 * lm.width + qkv + rotated + 4 * lm.mlp_width) + 2 * lm.width)
+        + lm.vocab_size * lm.width,
+    }  # fmt: skip
+
+
+_FORMULAS = {
+    "vision tower": "tiles × (patches × (layers × (8 width + 2 mlp) + width) + pixels and what the stem makes of them)",
+    "connector": "layers × ((patches + latents) × (width + 2 inner) + latents × (4 width + 2 inner + 2 mlp)) "
+    "+ patches × width, a tile",
+    "language model": "tokens × (layers × (4 width + qkv + rotated q and k + attended + 4 mlp) + 2 width) "
+    "+ gradient of the head",
+}
+
+
+def _stem(cfg: Blip3Config) -> int:
+    """Numbers that the first convolutions keep of a tile."""
+    side = cfg.vision.image_px
+    kept = 3 * side**2
+    if cfg.vision.stem == "conv":
+        strides = cfg.vision.stem_strides
+        for place, stride in enumerate(strides[:-1]):
+            side //= stride
+            kept += side**2 * (cfg.vision.width // 2 ** (len(strides) - 1 - place))
+    return kept
+
+
+def with_activations(sizes: Sequence[PartSize], cfg: Blip3Config, stage: StageConfig, tiles: int) -> list[PartSize]:
+    """Add what a pack of the whole budget keeps; a part behind a trained one keeps it too, for gradients pass it."""
+    number_bytes = 4 if stage.train.precision == "fp32" else 2
+    numbers = kept_numbers(cfg, stage.max_tokens, tiles)
+    has_graph = False
+    found: list[PartSize] = []
+    for size in sizes:
+        has_graph = has_graph or size.num_trained > 0
+        kept = numbers[size.name] if has_graph else 0
+        if size.name == "vision tower" and not has_graph:
+            width, mlp = cfg.vision.width, cfg.vision.mlp_width
+            kept = min(tiles, _TILES_PER_CALL) * cfg.vision.num_patches * max(6 * width, 2 * width + 2 * mlp)
+        found.append(replace(size, activation_bytes=kept * number_bytes))
+    return found
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The first packs, as planned from sizes alone."""
+
+    plan: Plan
+    packs: list[PlannedPack]
+
+    def mean_of(self, values: Sequence[float]) -> float:
+        """Mean over the packs."""
+        return sum(values) / len(self.packs)
+
+    def drawn(self) -> Counter[int]:
+        """Samples of each source."""
+        return Counter(entry.draw.source for pack in self.packs for entry in pack.entries)
+
+    def mean_size(self, source: int) -> tuple[float, float]:
+        """Tokens and tiles of a source's samples."""
+        sizes = [entry.size for pack in self.packs for entry in pack.entries if entry.draw.source == source]
+        count = len(sizes) or 1
+        return sum(size.tokens for size in sizes) / count, sum(size.tiles for size in sizes) / count
+
+
+def look_ahead(stage: StageConfig, data: StageData, encoder: StageEncoder, skips: SkipCounter) -> Ahead:
+    """Plan the first packs.
+
+    Raises:
+        TooManySkips: the data is worse than its limits allow.
+        BadInputError: there is not one pack.
+    """
+    plan = Plan(data.sources, encoder.measure, plan_config(stage, data, stage.train.seed))
+    packs: list[PlannedPack] = []
+    while len(packs) < _PACKS and (pack := next(plan, None)) is not None:
+        for hole in pack.holes:
+            skips.skip(hole.source, hole.skip)
+        for entry in pack.entries:
+            skips.keep(data.sources[entry.draw.source].name)
+        packs += [pack] if pack.entries else []
+    if not packs:
+        raise BadInputError("data: expected at least one sample that can be used, got none; see tools/preview.py")
+    return Ahead(plan, packs)
+
+
+def describe_stage(recipe: str, config: StageRun, model: Blip3, processor: Processor, data: StageData) -> list[str]:
+    """Lines on parameters, memory, steps and first samples of a stage.
+
+    Raises:
+        ValueError: settings or data do not fit each other.
+        TooManySkips: the data is worse than its limits allow.
+    """
+    stage = config.stage
+    # Adapters are made where the model is.
+    with model.device:
+        freeze(model, stage)
+    if stage.views == "base":
+        processor = base_view_processor(processor)
+    encoder = StageEncoder(processor, stage.objective, is_collated=False)
+    skips = SkipCounter(data.skip_limits)
+    ahead = look_ahead(stage, data, encoder, skips)
+    tiles = max(pack.size.tiles for pack in ahead.packs) if stage.max_tiles is None else stage.max_tiles
+    sizes = with_activations(part_sizes(model, stage), processor.cfg, stage, tiles)
+    return [
+        f"dry run of {recipe}: nothing is trained, no run folder is made",
+        "",
+        *_parameter_lines(sizes),
+        "",
+        *_memory_lines(config, data, sizes, processor.cfg, ahead, tiles),
+        "",
+        *_step_lines(stage, data, ahead, skips),
+        "",
+        *_sample_lines(ahead, encoder, stage),
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _parameter_lines(sizes: Sequence[PartSize]) -> list[str]:
+    total, trained = (sum(numbers) for numbers in zip(*((s.num_parameters, s.num_trained) for s in sizes), strict=True))
+    return [
+        f"{'parameters':<24}{'all':>16}{'trained':>16}",
+        *(f"{size.name:<24}{size.num_parameters:>16,}{size.num_trained:>16,}" for size in sizes),
+        f"{'all':<24}{total:>16,}{trained:>16,}",
+    ]
+
+
+def _memory_lines(
+    config: StageRun, data: StageData, sizes: Sequence[PartSize], cfg: Blip3Config, ahead: Ahead, tiles: int
+) -> list[str]:
+    stage = config.stage
+    columns = ("weights", "gradients", "optimiser", "activations", "sum")
+    rows: dict[str, tuple[int, ...]] = {
+        size.name: (
+            size.weight_bytes,
+            size.gradient_bytes,
+            size.optimizer_bytes,
+            size.activation_bytes,
+            size.total_bytes,
+        )
+        for size in sizes
+    }
+    rows["all"] = tuple(sum(column) for column in zip(*rows.values(), strict=True))
+    lines = [f"{'memory in MiB':<24}" + "".join(f"{column:>13}" for column in columns)]
+    lines += [f"{name:<24}" + "".join(f"{size / _MIB:>13,.1f}" for size in row) for name, row in rows.items()]
+    caches = 0
+    if not stage.trains_tower and config.feature_cache_mb > 0:
+        tile_bytes = cfg.vision.num_patches * cfg.vision.width * 4
+        num_tiles = sum(ahead.mean_size(n)[1] * len(source) for n, source in enumerate(data.sources))
+        kept = min(config.feature_cache_mb * _MIB, int(num_tiles) * tile_bytes)
+        said = f"if no picture comes again, {num_tiles:,.0f} tiles of {tile_bytes:,} bytes; at most "
+        said += f"{config.feature_cache_mb:,} MiB"
+        lines.append(f"{'kept features':<24}{'':>52}{kept / _MIB:>13,.1f}  {said}")
+        caches += kept
+    if stage.num_workers == 0:
+        lines.append(f"{'kept tiles, at most':<24}{'':>52}{IMAGE_CACHE_BYTES / _MIB:>13,.1f}")
+        caches += IMAGE_CACHE_BYTES
+    lines.append(f"{'with these':<24}{'':>52}{(rows['all'][-1] + caches) / _MIB:>13,.1f}")
+    number = "4 bytes" if stage.train.precision == "fp32" else "2 bytes (bf16)"
+    lines.append(
+        f"Activations are an estimate: what the backward pass needs of a pack of {stage.max_tokens:,} tokens and "
+        f"{_count(tiles, 'tile')}, {number} a number."
+    )
+    for size in sizes:
+        formula = _FORMULAS[size.name]
+        if size.name == "vision tower" and not size.num_trained:
+            formula = (
+                f"nothing is kept; in use {_TILES_PER_CALL} tiles at most × patches × max(6 width, 2 width + 2 mlp)"
+            )
+        lines.append(f"  {size.name}: {formula if size.activation_bytes else 'none, as nothing before it is trained'}")
+    return lines
+
+
+def _step_lines(stage: StageConfig, data: StageData, ahead: Ahead, skips: SkipCounter) -> list[str]:
+    packs, batches = ahead.packs, stage.train.accumulation_steps
+    tokens, tiles, samples = (
+        ahead.mean_of([float(value) for value in values])
+        for values in (
+            [pack.size.tokens for pack in packs],
+            [pack.size.tiles for pack in packs],
+            [len(pack.entries) for pack in packs],
+        )
+    )
+    drawn = ahead.drawn()
+    lines = [
+        f"tokens a step: {stage.max_tokens * batches:,} at most ({batches} × {stage.max_tokens:,}); of the first "
+        f"{len(packs)} packs on average {tokens * batches:,.0f} ({tokens / stage.max_tokens:.1%}), "
+        f"{samples * batches:.1f} samples, {tiles * batches:.1f} tiles",
+        f"{'source':<24}{'samples':>12}{'tokens each':>14}{'tiles each':>12}{'a step':>10}{'steps an epoch':>16}",
+    ]
+    for number, source in enumerate(data.sources):
+        a_step = drawn[number] / len(packs) * batches
+        mean_tokens, mean_tiles = ahead.mean_size(number)
+        steps = f"{len(source) / a_step:,.1f}" if a_step else "–"
+        lines.append(
+            f"{source.name:<24}{len(source):>12,}{mean_tokens:>14,.1f}{mean_tiles:>12,.1f}{a_step:>10.1f}{steps:>16}"
+        )
+    epochs = [
+        f"{stage.train.max_steps * drawn[number] / len(packs) * batches / len(source):.2f} of {source.name}"
+        for number, source in enumerate(data.sources)
+    ]
+    lines.append(f"{stage.train.max_steps:,} steps are these epochs: {', '.join(epochs)}")
+    if left_out := skips.by_reason():
+        lines.append("left out so far: " + ", ".join(f"{reason} {count}" for reason, count in left_out.items()))
+    return lines
+
+
+def _sample_lines(ahead: Ahead, encoder: StageEncoder, stage: StageConfig) -> list[str]:
+    """The first samples as the model will see them."""
+    lines = ["first samples; the loss is taken of what stands between « and »"]
+    limit = Size(stage.max_tokens, stage.max_tiles or 1 << 31)
+    for entry in [entry for pack in ahead.packs for entry in pack.entries][:_SAMPLES]:
+        try:
+            sample = ahead.plan.read(entry)
+            encoded = encoder.encode(sample, limit if entry.is_cut else None)
+        except SkipSample as skip:
+            lines.append(f"left out: {skip}")
+            continue
+        for part in [encoded.chosen, encoded.rejected] if isinstance(encoded, SamplePair) else [encoded]:
+            lines.append(
+                f"{sample.source}/{sample.id}: {part.length:,} tokens, {part.num_targets:,} of them learnt, "
+                f"{_count(len(part.tiles_per_image), 'image')} in {_count(len(part.tiles), 'tile')}"
+            )
+            lines.append("  " + _marked(part, encoder.processor))
+    return lines
+
+
+def _marked(sample: EncodedSample, processor: Processor) -> str:
+    """The text with marks around what is learnt, and each image as one word."""
+    parts: list[str] = []
+    num_images = 0
+    for span in spans_of(sample, processor):
+        if span.kind == "image":
+            num_images += 1
+            parts.append(f"[image {num_images}: {_count(span.num_tokens, 'token')}, {_count(span.num_tiles, 'tile')}]")
+        else:
+            text = span.text.replace("\n", "↵")
+            parts.append(f"«{text}»" if span.kind == "learnt" else text)
+    whole = "".join(parts)
+    return whole if len(whole) <= _CHARACTERS else f"{whole[:_CHARACTERS]}… ({len(whole) - _CHARACTERS:,} more)"
