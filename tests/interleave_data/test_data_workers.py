@@ -148,9 +148,11 @@ def test_a_fault_in_a_worker_is_raised_here_with_its_trace(parts, encoder, messa
 
 
 RUN = """
-import sys, worker_parts
+import signal, sys, worker_parts
 from interleave_data import PlanConfig, SkipCounter, SkipLimits, Stream
 if __name__ == "__main__":
+    # A shell's background job is born deaf to it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sources = [worker_parts.source("long", 40), worker_parts.source("short", 9)]
     cfg = PlanConfig(max_tokens=90, ratios=(2.0, 1.0), seed=5, look_ahead=6)
     skips = SkipCounter(SkipLimits(max_share=0.9))
