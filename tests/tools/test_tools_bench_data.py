@@ -44,5 +44,5 @@ def test_other_pixels_are_refused(bench: ModuleType, tmp_path: Path, monkeypatch
 
 
 def test_a_peer_that_is_missing_is_named(bench: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="expected no_such_peer to be installed.*pip install --target FOLDER"):
+    with pytest.raises(SystemExit, match=r"expected no_such_peer to be installed.*pip install --target FOLDER"):
         bench.imported("no_such_peer")
