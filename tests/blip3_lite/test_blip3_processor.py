@@ -1,5 +1,8 @@
 """Samples to ids, targets, slots and tiles."""
 
+import dataclasses
+
+import msgspec
 import pytest
 import torch
 
@@ -106,3 +109,18 @@ def test_config_refuses_parts_that_do_not_fit(tiny_config: Blip3Config) -> None:
 
     with pytest.raises(ValueError, match="tile side in pixels: expected 16"):
         msgspec.structs.replace(tiny_config, tiling=msgspec.structs.replace(tiny_config.tiling, tile_px=32))
+
+
+def test_tile_keys_are_equal_for_equal_bytes_under_equal_tiling(tiny_processor, picture) -> None:
+    def keys(processor: Processor, part: ImagePart) -> tuple[str, ...]:
+        turns = (user_turn([part], "what?"),)
+        return processor.encode_prompt(Sample(id="x", source="t", turns=turns)).tile_keys
+
+    first = picture(1, (32, 17))
+    found = keys(tiny_processor, first)
+    assert len(set(found)) == len(found) > 1
+    assert keys(tiny_processor, dataclasses.replace(first, key="another name")) == found
+    assert not set(keys(tiny_processor, picture(2, (32, 17)))) & set(found)
+    tiling = msgspec.structs.replace(tiny_processor.cfg.tiling, kind="base")
+    base = Processor(msgspec.structs.replace(tiny_processor.cfg, tiling=tiling), tiny_processor.tokenizer)
+    assert not set(keys(base, first)) & set(found)

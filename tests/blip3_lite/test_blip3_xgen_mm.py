@@ -235,7 +235,7 @@ def test_thumbnail_is_squashed_and_first(picture):
     image = picture(1, (1200, 400)).decode()
     tiles = tile_image(image, xgen_mm_config("interleave").tiling)
     squashed = torch.tensor(list(image.resize((384, 384), 3).tobytes()), dtype=torch.uint8).view(384, 384, 3)
-    assert tiles.pixels[0].equal(squashed.permute(2, 0, 1))
+    assert (tiles.pixels[0].int() - squashed.permute(2, 0, 1).int()).abs().max() <= 1
     assert tiles.grid == (1, 3)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch import Tensor
@@ -89,12 +90,14 @@ def tile_image(image: Image.Image, cfg: TilingConfig) -> Tiles:
     fill = _BASE_FILL if cfg.kind == "base" else _ANYRES_FILL
 
     left, top = (canvas_px[0] - fitted_px[0]) // 2, (canvas_px[1] - fitted_px[1]) // 2
-    canvas = Image.new("RGB", canvas_px, fill)
-    canvas.paste(image.resize(fitted_px, Image.Resampling.BICUBIC), (left, top))
+    pixels = _to_tensor(image)
+    canvas = torch.empty(3, canvas_px[1], canvas_px[0], dtype=torch.uint8)
+    canvas[:] = torch.tensor(fill, dtype=torch.uint8)[:, None, None]
+    canvas[:, top : top + fitted_px[1], left : left + fitted_px[0]] = _resize(pixels, fitted_px)
 
-    views = _cut(_to_tensor(canvas), cfg.tile_px)
+    views = _cut(canvas, cfg.tile_px)
     if has_thumbnail:
-        views.insert(0, _to_tensor(image.resize((cfg.tile_px, cfg.tile_px), Image.Resampling.BICUBIC)))
+        views.insert(0, _resize(pixels, (cfg.tile_px, cfg.tile_px)))
     return Tiles(
         pixels=torch.stack(views),
         grid=(rows, columns),
@@ -124,6 +127,18 @@ def contact_sheet(tiles: Tiles, *, gap_px: int = 4, fill: tuple[int, int, int] =
         column, row = (0, 0) if place < 0 else (shift + place % columns, place // columns)
         sheet.paste(_to_image(tile), (gap_px + column * step, gap_px + row * step))
     return sheet
+
+
+def _resize(
+    pixels: UInt8[Tensor, "3 height width"], size_px: tuple[int, int]
+) -> UInt8[Tensor, "3 new_height new_width"]:
+    """Bicubic with antialiasing to (width, height): columns first, then rows, in integers.
+
+    That is what torchvision gives, and Pillow in this order but for ±1 in one value of 200 and ±2 in one of a million;
+    it takes 0.4 times as long. (Recent Pillow does the rows first for some shapes, which differs at sharp edges.)
+    """
+    width, height = size_px
+    return F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)[0]
 
 
 def _cut(canvas: Tensor, side: int) -> list[Tensor]:

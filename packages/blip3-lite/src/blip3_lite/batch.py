@@ -34,7 +34,7 @@ class EncodedSample:
     feature_order: Int64[Tensor, " pn"] | None = None
     """Order in which the connector takes the patch features, n to a group; None as they come (see `grouping`)."""
     tile_keys: tuple[str, ...] = ()
-    """Digest of each tile, the key of cached features."""
+    """Name of each tile by its file's digest, the key of cached features: equal names, equal tiles."""
 
     @property
     def length(self) -> int:

@@ -12,8 +12,8 @@ from .model import Blip3
 class FeatureCache:
     """Keeps what the frozen tower says of each tile, up to a number of bytes; beyond it, features are computed again.
 
-    The key is the tile's digest (made by the processor from pixels, shape and mask), so equal tiles share an entry and
-    no name or path can mix two pictures up.
+    The key is made by the processor from the digest of the picture's bytes and the tiling, so a picture shares its
+    entries with its copies and no name or path can mix two pictures up.
 
     A tile's features are the same bits whatever is kept already, as in a run that was resumed with an empty cache: the
     tower is always given `tiles_per_call` tiles, the last of them repeated, since matrix products round by their shape.

@@ -10,7 +10,7 @@ that image goes with everything behind it.
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -259,9 +259,13 @@ class Processor:
         name = (source, image.key)
         if image.key and name in self._kept:
             return self._kept[name]
-        tiles = tile_image(image.decode(self.limits), self.cfg.tiling)
+        data = image.read(self.limits.max_bytes)
+        tiles = tile_image(replace(image, open=data).decode(self.limits), self.cfg.tiling)
         valid = tiles.valid_patches(self.cfg.vision.grid_side)
-        keys = tuple(_tile_key(tile, mask) for tile, mask in zip(tiles.pixels, valid, strict=True))
+        # All that pixels and masks follow from. The pixels themselves are forty times as many bytes.
+        digest = sha256(msgspec.json.encode([self.cfg.tiling, self.cfg.vision.grid_side, image.frame]))
+        digest.update(data)
+        keys = tuple(f"{digest.hexdigest()}/{number}" for number in range(tiles.num_tiles))
         views = _Views(tiles.pixels, valid, keys, tiles.grid)
         if image.key and views.pixels.nbytes <= self._cache_bytes_left:
             self._cache_bytes_left -= views.pixels.nbytes
@@ -363,11 +367,3 @@ def _expand_slots(encoded: EncodedChat, counts: Sequence[int]) -> tuple[list[int
         is_target += [False] * count
         start = position + 1
     return ids + encoded.ids[start:], is_target + encoded.is_target[start:], slots
-
-
-def _tile_key(tile: torch.Tensor, valid: torch.Tensor) -> str:
-    """Digest of shape, pixels and mask: equal keys mean equal features."""
-    digest = sha256(repr((tuple(tile.shape), tuple(valid.shape))).encode())
-    digest.update(tile.contiguous().numpy().tobytes())
-    digest.update(valid.numpy().tobytes())
-    return digest.hexdigest()
