@@ -20,7 +20,9 @@ from train_objectives import SamplePair
 from train_stages import IMAGE_CACHE_BYTES, StageData, StageEncoder, base_view_processor, freeze, plan_config
 from trainer_lite import group_parameters
 
-_PACKS, _SAMPLES, _CHARACTERS = 16, 3, 2000
+_PACKS, _MEASURED = 16, 300
+"""So many packs are planned, or those of so many samples."""
+_SHOWN, _CHARACTERS = 3, 2000
 _STATES_OF = {"adamw": 2, "muon": 1}
 """Numbers that a rule keeps of each parameter: first and second moment, or momentum."""
 _TILES_PER_CALL = 64
@@ -181,7 +183,9 @@ def look_ahead(stage: StageConfig, data: StageData, encoder: StageEncoder, skips
     """
     plan = Plan(data.sources, encoder.measure, plan_config(stage, data, stage.train.seed))
     packs: list[PlannedPack] = []
-    while len(packs) < _PACKS and (pack := next(plan, None)) is not None:
+    num_measured = 0
+    while len(packs) < _PACKS and num_measured < _MEASURED and (pack := next(plan, None)) is not None:
+        num_measured += len(pack.entries)
         for hole in pack.holes:
             skips.skip(hole.source, hole.skip)
         for entry in pack.entries:
@@ -320,7 +324,7 @@ def _sample_lines(ahead: Ahead, encoder: StageEncoder, stage: StageConfig) -> li
     """The first samples as the model will see them."""
     lines = ["first samples; the loss is taken of what stands between « and »"]
     limit = Size(stage.max_tokens, stage.max_tiles or 1 << 31)
-    for entry in [entry for pack in ahead.packs for entry in pack.entries][:_SAMPLES]:
+    for entry in [entry for pack in ahead.packs for entry in pack.entries][:_SHOWN]:
         try:
             sample = ahead.plan.read(entry)
             encoded = encoder.encode(sample, limit if entry.is_cut else None)

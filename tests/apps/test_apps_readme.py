@@ -29,6 +29,15 @@ def chat(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
     return call
 
 
+@pytest.fixture
+def preview(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
+    """`tools/preview.py` in this process: arguments → exit status."""
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    from preview import main
+
+    return lambda *arguments: main(arguments)
+
+
 def _blocks(readme: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
 
@@ -53,18 +62,21 @@ def _write_data(folder: Path, data_file: str) -> None:
 
 
 def test_commands_of_the_readme_run_in_its_order(
-    train, chat, repo_root: Path, toy_demo: Path, tmp_path: Path, capsys
+    train, chat, preview, repo_root: Path, toy_demo: Path, tmp_path: Path, capsys
 ) -> None:
     readme = (repo_root / "README.md").read_text()
     (data_file,) = _blocks(readme, "toml")
     _write_data(tmp_path, data_file)
-    lines = [line for block in _blocks(readme, "sh") for line in block.splitlines() if line.startswith("uv run apps/")]
+    ours = ("uv run apps/", "uv run tools/preview.py")
+    lines = [line for block in _blocks(readme, "sh") for line in block.splitlines() if line.startswith(ours)]
     typed = [[CUT.get(word, word) for word in shlex.split(line)[2:]] for line in lines]
     # The first one is what `toy_demo` ran, with sizes cut too.
     assert typed.pop(0) == ["apps/train"]
     shutil.copytree(toy_demo / "runs", tmp_path / "runs")
     for app, *arguments in typed:
-        assert {"apps/train": train, "apps/chat": chat}[app](*arguments) == 0, (arguments, capsys.readouterr().err)
+        call = {"apps/train": train, "apps/chat": chat, "tools/preview.py": preview}[app]
+        assert call(*arguments) == 0, (arguments, capsys.readouterr().err)
+    assert (tmp_path / "preview.html").exists()
     assert any("--resume" in arguments for arguments in typed)
     metrics = [(tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("mine", "again")]
     hexes = [[json.loads(line)["loss_hex"] for line in lines] for lines in metrics]
