@@ -299,7 +299,7 @@ def _add_texts(
         return
     rows = [
         [
-            text if len(text) <= 70 else f"{text[:69]}…",
+            text if len(text) <= 48 else f"{text[:47]}…",
             len(repeat.places),
             len(repeat.others),
             found.shares(repeat, names),
