@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -48,6 +49,15 @@ def write_shard(path: Path, num_samples: int) -> None:
             info.size = len(record)
             tar.addfile(info, io.BytesIO(record))
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  (absent from the stubs only)
+
+
+def processor_name() -> str:
+    """What the machine's processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def main() -> None:

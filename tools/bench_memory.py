@@ -5,6 +5,9 @@
 Writes tiny synthetic samples in shards, indexes them, and streams them once through source, order, plan and packing in
 this process. The slope is that of a straight line through the resident bytes at every 2,000 samples from the first
 tenth on, when everything that is kept is there. Above 1 MB per 10,000 samples the exit status is 1.
+
+Then 40,000 samples are streamed again while 200 bytes of each are kept, which must show as a slope of about 2.4 MB: a
+gauge that does not move would call everything flat.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bench_index import write_shard
+from bench_index import processor_name, write_shard
 from interleave_data import Encoder, PlanConfig, Size, SourceConfig, Stream, open_source
 from interleave_data.containers import write_index
 from interleave_data.samples import TextPart
@@ -28,6 +31,8 @@ from interleave_data.samples import TextPart
 MOST_BYTES = 1_000_000
 """Per 10,000 samples."""
 _EVERY = 2_000
+_CONTROL_SAMPLES = 40_000
+_LEAKED_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,16 @@ def slope_per_10k(
     return float(np.polyfit(samples, sizes, 1)[0] * 10_000), found
 
 
+def leaking(batches: Iterator[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """The first batches, keeping some bytes for each sample."""
+    kept: list[bytes] = []
+    for ids in batches:
+        kept.extend(bytes(_LEAKED_BYTES) for _ in ids)
+        yield ids
+        if len(kept) >= _CONTROL_SAMPLES:
+            return
+
+
 def resident_bytes() -> int:
     """Resident set of this process now (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -110,10 +125,21 @@ def main() -> None:
         start = time.perf_counter()
         slope, found = slope_per_10k(streamed(f"{name}/*"), resident_bytes)
         seconds = time.perf_counter() - start
+        control, _ = slope_per_10k(leaking(streamed(f"{name}/*")), resident_bytes)
     print(f"{found[-1][0]:,} samples in {seconds:.0f} s: {slope / 1e6:+.3f} MB per 10,000 samples")
+    print(f"with {_LEAKED_BYTES} bytes a sample kept on purpose: {control / 1e6:+.3f} MB per 10,000 samples")
     if args.out is not None:
-        result = {"kind": args.kind, "seconds": seconds, "bytes_per_10k": slope, "samples_and_bytes": found}
+        result = {
+            "machine": {"processor": processor_name(), "cores": os.cpu_count(), "load_average": os.getloadavg()},
+            "kind": args.kind,
+            "seconds": seconds,
+            "bytes_per_10k": slope,
+            "bytes_per_10k_with_a_leak": control,
+            "samples_and_bytes": found,
+        }
         args.out.write_text(json.dumps(result) + "\n")
+    if control < MOST_BYTES:
+        sys.exit(f"memory: expected the leak to show as above {MOST_BYTES} bytes, got {control:.0f}; mind the gauge")
     if slope > MOST_BYTES:
         sys.exit(f"memory: expected at most {MOST_BYTES} bytes per 10,000 samples, got {slope:.0f}")
 
