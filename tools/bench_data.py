@@ -12,7 +12,8 @@ The peers read with webdataset and make pixels with LLaVA-NeXT's image processor
 the same views as our tiling, so that the pixels can be compared: all values of some samples are, before anything is
 timed, and a run with more than one value in 10,000 beyond ±1/255 ends there. What is found is printed. torchvision's
 are ours exactly. Pillow's are not all within ±1: its rounding differs by ±2 now and then, and Pillow 13 resizes the
-rows of some shapes first, which at sharp edges comes to more. `--peers` needs webdataset, which is not of this workspace.
+rows of some shapes first, which at sharp edges comes to more. `--peers` needs webdataset, which is not of this
+workspace.
 """
 
 import argparse
