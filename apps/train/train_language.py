@@ -28,7 +28,7 @@ from train_stages import (
     say,
     stage_trainer,
 )
-from train_vision import fit_warmup, warmup_trainer
+from train_vision import fit_warmup, label_words, warmup_trainer
 from train_world import stage_data
 from trainer_lite import PhaseTimer, RunFolder, StopFlag, TqdmProgress, peak_rss_bytes
 from vlm_metrics import paired_difference
@@ -72,7 +72,10 @@ def run_language(recipe: str, config: LanguageRun, stop: StopFlag) -> bool:
         torch.manual_seed(config.warmup.train.seed)
         model, processor = _joined(config)
         run = RunFolder.create(path, {"recipe": recipe, "config": config})
-        warmup = warmup_trainer(config.warmup, model, processor.tokenizer, run=run, progress=progress, stop=stop)
+        words = label_words(model.lang_model, processor.tokenizer)
+        warmup = warmup_trainer(
+            config.warmup, model, processor.tokenizer, run=run, progress=progress, stop=stop, words=words
+        )
     announce(model, path)
     with timer.phase("warmup"):
         result = fit_warmup(warmup, model, CheckpointFiles(model, processor, None))

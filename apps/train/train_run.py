@@ -44,7 +44,7 @@ from train_stages import (
 )
 from train_vision import fit_warmup, warmup_trainer
 from train_world import WORLD_STAGES, stage_data, world_tokenizer
-from trainer_lite import NonFiniteError, RunFolder, SaveError, StopFlag, TqdmProgress
+from trainer_lite import NonFiniteError, RunFolder, SaveError, StopFlag, TqdmProgress, keep_freed_memory
 
 _TOKENIZER_SAMPLES = 2000
 
@@ -52,6 +52,7 @@ _TOKENIZER_SAMPLES = 2000
 def run(command: Command) -> int:
     """Run it; return 0, or the status of what went wrong (see `train_errors`)."""
     stop = StopFlag()
+    keep_freed_memory()
     try:
         is_finished = _dispatch(command, stop)
     except BadInputError as error:

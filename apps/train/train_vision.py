@@ -7,14 +7,14 @@ world has), and each image token the same of its cell of patches, so that the co
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor, nn
@@ -22,8 +22,20 @@ from torch.nn import functional as F
 
 from anyres_tiler import tile_image
 from blip3_lite import Blip3, Blip3Config
-from phi3_lite import HFTokenizer
-from scene_world import NUM_COLOURS, NUM_FORMS, NUM_SYMBOLS, UNKNOWN, DenseLabels, Picture, World, dense_labels
+from phi3_lite import HFTokenizer, Phi3
+from scene_world import (
+    COLOUR_NAMES,
+    FORMS,
+    NUM_COLOURS,
+    NUM_FORMS,
+    NUM_SYMBOLS,
+    SYMBOLS,
+    UNKNOWN,
+    DenseLabels,
+    Picture,
+    World,
+    dense_labels,
+)
 from siglip_lite import (
     Siglip,
     SiglipConfig,
@@ -188,18 +200,56 @@ class PairStream(DrawnStream):
         return PairBatch(ids, torch.stack(pixels), torch.stack(captions))
 
 
+@torch.no_grad()
+def label_words(lm: Phi3, tokenizer: HFTokenizer) -> list[Float[Tensor, "n width"]]:
+    """The language model's own embeddings of the names of colours, forms and symbols, each kind without its id 0.
+
+    A name is the mean over its tokens, with and without a space in front.
+    """
+
+    def embedded(name: str) -> Float[Tensor, "width"]:
+        spellings = (lm.embed(torch.tensor(tokenizer.encode(text))).mean(0) for text in (name, f" {name}"))
+        return torch.stack(tuple(spellings)).mean(0)
+
+    return [torch.stack([embedded(name) for name in names]) for names in (COLOUR_NAMES, FORMS[1:], SYMBOLS)]
+
+
+class WordScores(nn.Module):
+    """How near image tokens are to the words of each kind of label; nothing at all scores 0.
+
+    score = SCALE · token · word / |word|² + bias, one learned bias a kind: the word itself scores SCALE + bias. A token
+    that scores so lies, as the language model sees it, where the words for what is drawn there lie.
+    """
+
+    SCALE = 10.0
+
+    def __init__(self, words: Sequence[Float[Tensor, "n width"]]) -> None:
+        super().__init__()
+        self.sizes = [len(kind) for kind in words]
+        joined = torch.cat(tuple(words))
+        self.register_buffer("directions", self.SCALE * joined / joined.square().sum(-1).mean())
+        self.bias = nn.Parameter(torch.zeros(len(words)))
+
+    def forward(self, tokens: Float[Tensor, "b n width"]) -> list[Float[Tensor, "b n _"]]:
+        """Scores of id 0, 1, 2 … of each kind."""
+        kinds = F.linear(tokens, self.directions).split(self.sizes, -1)
+        return [F.pad(scores + bias, (1, 0)) for scores, bias in zip(kinds, self.bias, strict=True)]
+
+
 class DenseObjective(nn.Module):
     """Linear heads that name colour, form and symbol, the edges of what is there, and where the feature itself is.
 
     One head reads patch features. The other reads image tokens: token j answers for the patches of cell j, row-major,
-    of the square division of the tile into as many cells as there are latents.
+    of the square division of the tile into as many cells as there are latents. With the `words` of a language model
+    that already knows them, an image token is also pulled towards the words for what is drawn in its cell.
 
     Raises:
         ValueError: the latents are no square number that divides the grid.
     """
 
-    def __init__(self, model: Blip3) -> None:
+    def __init__(self, model: Blip3, words: Sequence[Float[Tensor, "n width"]] | None = None) -> None:
         super().__init__()
+        self.words = None if words is None else WordScores(words)
         side, num_latents = model.cfg.vision.grid_side, model.cfg.connector.num_latents
         self.cells = math.isqrt(num_latents)
         if self.cells**2 != num_latents or side % self.cells:
@@ -217,8 +267,9 @@ class DenseObjective(nn.Module):
     def loss(self, batch: TileBatch) -> LossSum:
         """Sum over the tiles; parts: share of labelled patches named rightly from image tokens, by kind of label."""
         features = self.vision(normalise(batch.pixels))
+        image_tokens = self.connector(features, None)
         tokens = rearrange(
-            self.token_head(self.connector(features, None)),
+            self.token_head(image_tokens),
             "b (row col) (r c out) -> b (row r col c) out",
             row=self.cells,
             r=self.side // self.cells,
@@ -231,6 +282,11 @@ class DenseObjective(nn.Module):
         total, _ = self._label_loss(self.patch_head(features), batch)
         token_loss, shares = self._label_loss(tokens, batch)
         total = total + token_loss + PLACE_WEIGHT * place_loss
+        if self.words is not None:
+            per = self.side // self.cells
+            by_patch = repeat(image_tokens, "b (row col) d -> b (row r col c) d", row=self.cells, r=per, c=per)
+            word_loss, shares = _naming_loss(self.words(by_patch), batch.labels)
+            total = total + word_loss
         parts = {name: share * batch.num_targets for name, share in shares.items()}
         return LossSum(total * batch.num_targets, batch.num_targets, parts)
 
@@ -239,14 +295,21 @@ class DenseObjective(nn.Module):
         *named, edges = outputs.split(self.sizes, -1)
         is_on = batch.edges.sum(-1) > 0
         error = (edges - batch.edges).abs().mean(-1)
-        total = EDGE_WEIGHT * (error * is_on).sum() / is_on.sum().clamp_min(1)
-        shares: dict[str, float] = {}
-        for name, scores, labels in zip(("colour", "form", "symbol"), named, batch.labels.unbind(1), strict=True):
-            total = total + _weighted_loss(scores, labels)
-            labelled = labels > 0
-            right = (scores.argmax(-1) == labels) & labelled
-            shares[name] = float(right.sum() / labelled.sum().clamp_min(1))
-        return total, shares
+        naming_loss, shares = _naming_loss(named, batch.labels)
+        return naming_loss + EDGE_WEIGHT * (error * is_on).sum() / is_on.sum().clamp_min(1), shares
+
+
+def _naming_loss(
+    scores_by_kind: Sequence[Float[Tensor, "b n _"]], labels: Int64[Tensor, "b 3 n"]
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean loss over labelled patches, and the share named rightly by kind of label."""
+    total, shares = scores_by_kind[0].new_zeros(()), dict[str, float]()
+    for name, scores, truth in zip(("colour", "form", "symbol"), scores_by_kind, labels.unbind(1), strict=True):
+        total = total + _weighted_loss(scores, truth)
+        labelled = truth > 0
+        right = (scores.argmax(-1) == truth) & labelled
+        shares[name] = float(right.sum() / labelled.sum().clamp_min(1))
+    return total, shares
 
 
 def _weighted_loss(scores: Float[Tensor, "b n c"], labels: Int64[Tensor, "b n"]) -> Float[Tensor, ""]:
@@ -292,15 +355,18 @@ def warmup_trainer(
     progress: Progress,
     stop: StopFlag,
     name: str = "warmup",
+    words: Sequence[Float[Tensor, "n width"]] | None = None,
 ) -> Trainer[Any]:
     """Make the warm-up of the vision tower of `model` (with `dense`, of its connector too) ready for `fit_warmup`.
+
+    words: as of `DenseObjective`.
 
     Raises:
         ValueError: the model's sizes do not suit the objective.
     """
     objective: DenseObjective | SigmoidObjective
     if config.objective == "dense":
-        objective, stream = DenseObjective(model), DenseStream(config, model.cfg)
+        objective, stream = DenseObjective(model, words), DenseStream(config, model.cfg)
     else:
         objective, stream = SigmoidObjective(_pair_model(model.cfg)), PairStream(config, model.cfg, tokenizer)
     objective.requires_grad_(True)

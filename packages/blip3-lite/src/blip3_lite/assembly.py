@@ -1,5 +1,6 @@
 """A new model from published parts: a vision tower, a language model, and a fresh connector between them."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from .config import Blip3Config, CheckpointConfig
 from .folder import MANIFEST
 from .model import undrawn_model
 from .processor import Processor
+
+_WORDS_MEASURED = 4096
 
 
 def load_tower(path: Path, *, dtype: torch.dtype = torch.float32) -> SiglipVision:
@@ -40,7 +43,7 @@ def join_parts(
     """Put a fresh connector between a vision tower and a language model; both are taken as they are, not copied.
 
     connector, tiling: as given, but for the widths and the tile's side, which the two parts ask for. generator: draws
-    the connector's weights (None: torch's global one).
+    the connector's weights (None: torch's global one). Its tokens begin as large as the language model's words.
 
     Raises:
         WeightsError: the language model has no tokenizer that a tokenizer.json holds, or no chat format that is known.
@@ -61,6 +64,11 @@ def join_parts(
     model = undrawn_model(cfg)
     fresh = PerceiverResampler(cfg.connector)
     fresh.init_weights(generator)
+    with torch.no_grad():
+        # Its projection gives 1/√3 a value: a transformer adds too little to what is far larger than its own words.
+        words = lm.model.embed(torch.arange(min(cfg.lm.vocab_size, _WORDS_MEASURED), device=weight.device))
+        words_rms = words.float().square().mean().sqrt().item()
+        fresh.projection.weight *= words_rms * math.sqrt(3)
     model.vision_encoder = tower.to(weight)
     model.vision_tokenizer = fresh.to(weight)
     model.lang_model = lm.model

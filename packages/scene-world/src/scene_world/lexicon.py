@@ -94,8 +94,17 @@ def in_split(split: Split) -> tuple[Callable[[int, int, int], bool], Callable[[s
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split: expected 'train' or 'heldout', got {split!r}; pass one of the two")
-    wanted = split == "heldout"
-    return (lambda c, f, p: is_heldout_combination(c, f, p) is wanted), (lambda text: is_heldout_string(text) is wanted)
+    if split == "heldout":
+        return is_heldout_combination, is_heldout_string
+    return _is_train_combination, _is_train_string
+
+
+def _is_train_combination(colour: int, form: int, place: int) -> bool:
+    return not is_heldout_combination(colour, form, place)
+
+
+def _is_train_string(text: str) -> bool:
+    return not is_heldout_string(text)
 
 
 def spell(text: str) -> str:

@@ -58,6 +58,10 @@ class World:
         # Captions and conversations come back to the same pictures; one weighs 28 kB, a page four times that.
         self._drawn = lru_cache(maxsize=_PICTURES_KEPT)(self._draw_picture)
 
+    def __reduce__(self) -> tuple[type["World"], tuple[int, Split]]:
+        """What a worker process gets: it draws the same pictures itself."""
+        return World, (self.seed, self.split)
+
     def picture(self, index: int, kind: PictureKind | None = None) -> Picture:
         """Draw one picture; without a kind, each of ``SINGLE_KINDS`` in turn. Cards of odd index are private.
 

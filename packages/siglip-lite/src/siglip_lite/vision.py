@@ -88,6 +88,8 @@ class PatchEmbeddings(nn.Module):
         positions = interpolate_positions(self.position_embedding.weight, (rows, cols))
         # Cropped to whole patches, so that both stems see the same pixels.
         pixels = pixels[..., : rows * self.patch_px, : cols * self.patch_px]
+        # The layout that small convolutions run fastest in, and in which the patches lie as they are wanted.
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         patches = rearrange(self.patch_embedding(pixels), "p d rows cols -> p (rows cols) d")
         return patches + positions
 

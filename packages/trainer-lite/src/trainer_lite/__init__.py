@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .loop import NonFiniteError as NonFiniteError
     from .loop import Trainer as Trainer
     from .measure import PhaseTimer as PhaseTimer
+    from .measure import keep_freed_memory as keep_freed_memory
     from .measure import peak_rss_bytes as peak_rss_bytes
     from .metrics import MetricsLog as MetricsLog
     from .metrics import StepRecord as StepRecord
@@ -66,6 +67,7 @@ _HOMES = {
     "TrainConfig": "config",
     "Trainer": "loop",
     "group_parameters": "optimizer",
+    "keep_freed_memory": "measure",
     "learning_rate_factor": "schedule",
     "orthogonalize": "muon",
     "peak_rss_bytes": "measure",
@@ -101,6 +103,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "group_parameters",
+    "keep_freed_memory",
     "learning_rate_factor",
     "orthogonalize",
     "peak_rss_bytes",

@@ -1,11 +1,28 @@
 """What a run costs: memory at its peak and wall-clock time by phase."""
 
+import ctypes
 import resource
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 512 << 20
+_LARGE_BYTES = 64 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep up to 512 MiB that tensors below 64 MiB gave back, for the next ones; False where there is none.
+
+    By default most tensors of a step are fetched from the system anew, and their first touch costs a page fault for
+    every 4 KiB: a sixth of a small model's step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
 def peak_rss_bytes() -> int:
