@@ -207,7 +207,7 @@ def label_words(lm: Phi3, tokenizer: HFTokenizer) -> list[Float[Tensor, "n width
     A name is the mean over its tokens, with and without a space in front.
     """
 
-    def embedded(name: str) -> Float[Tensor, "width"]:
+    def embedded(name: str) -> Float[Tensor, " width"]:
         spellings = (lm.embed(torch.tensor(tokenizer.encode(text))).mean(0) for text in (name, f" {name}"))
         return torch.stack(tuple(spellings)).mean(0)
 

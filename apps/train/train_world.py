@@ -17,7 +17,7 @@ NOTHING_MAY_BE_SKIPPED = SkipLimits(max_share=0.0, max_consecutive=1, min_seen=1
 """Drawn pictures are never bad; a skip here is a fault of the program."""
 
 
-QUESTION_ROUNDS = 2
+QUESTION_ROUNDS = 3
 """Times that new questions are asked about the same picture before all repeats."""
 WORLD_STAGES = ("pretrain", "sft", "interleaved", "dpo", "safety")
 """Stages that the embedded world has samples for."""

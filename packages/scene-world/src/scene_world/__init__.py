@@ -1,7 +1,16 @@
 """Pictures that we draw, with exact questions and answers."""
 
 from .dense import FORMS, NUM_COLOURS, NUM_FORMS, NUM_SYMBOLS, UNKNOWN, DenseLabels, dense_labels
-from .lexicon import COLOUR_NAMES, REFUSAL, SKILLS, SYMBOLS, YES_NO_SKILLS, Split, is_heldout_combination, is_heldout_string
+from .lexicon import (
+    COLOUR_NAMES,
+    REFUSAL,
+    SKILLS,
+    SYMBOLS,
+    YES_NO_SKILLS,
+    Split,
+    is_heldout_combination,
+    is_heldout_string,
+)
 from .pictures import PAGE_PX, TILE_PX, Item, Picture, PictureKind
 from .questions import Question, is_correct, most_frequent_baseline
 from .world import SINGLE_KINDS, Conversation, Document, Preference, World
