@@ -172,8 +172,8 @@ class LanguageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """First part: vision tower and connector."""
     stage: StageConfig
     """Second part: connector and language model, the latter frozen or with adapters."""
-    eval_questions: int = 40
-    """Held-out questions of the embedded world a skill, asked at the end with right and with exchanged pictures."""
+    eval_questions: int = 20
+    """Held-out questions a skill about one drawn picture, asked at the end with right and with exchanged pictures."""
     feature_cache_mb: int = 1024
     """Memory for the frozen vision tower's features."""
     vision: SiglipVisionConfig

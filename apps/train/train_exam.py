@@ -11,7 +11,7 @@ from blip3_lite import Blip3, EncodedSample, FeatureCache, Processor, collate
 from eval_lite import EvalItem, GroupScore, Prediction, encode_prompts, macro_accuracy, predict, score_groups
 from interleave_data import ImagePart, Turn
 from phi3_lite import SamplingConfig
-from scene_world import REFUSAL
+from scene_world import REFUSAL, SKILLS
 from train_world import exam_items, score
 from vlm_metrics import binary_f1, is_refusal
 
@@ -53,9 +53,9 @@ class Exam:
     predictions: dict[str, list[Prediction]] = field(default_factory=dict)
 
     @classmethod
-    def draw(cls, num_questions: int, seed: int, processor: Processor) -> "Exam":
+    def draw(cls, num_questions: int, seed: int, processor: Processor, skills: Sequence[str] = SKILLS) -> "Exam":
         """`num_questions` of each skill, for a model trained with `seed`: they are drawn with the next one."""
-        return cls.of(exam_items(num_questions, seed + 1), processor)
+        return cls.of(exam_items(num_questions, seed + 1, skills), processor)
 
     @classmethod
     def of(cls, items: list[EvalItem], processor: Processor) -> "Exam":

@@ -14,6 +14,7 @@ from blip3_lite import Blip3, FeatureCache, Processor, save_model
 from blip3_lite.assembly import join_parts
 from eval_lite import write_predictions
 from phi3_lite import load_lm
+from scene_world import SKILLS
 from siglip_lite import SiglipVision
 from train_config import LanguageRun, run_path
 from train_errors import BadInputError, checking_input
@@ -32,6 +33,9 @@ from train_vision import fit_warmup, label_words, warmup_trainer
 from train_world import stage_data
 from trainer_lite import PhaseTimer, RunFolder, StopFlag, TqdmProgress, peak_rss_bytes
 from vlm_metrics import paired_difference
+
+_UNTAUGHT = ("compare", "find", "private")
+"""Skills about several pictures and of refusal, which are not among the questions that it learns from."""
 
 
 class SightSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +116,8 @@ def run_language(recipe: str, config: LanguageRun, stop: StopFlag) -> bool:
 
 def _examine(config: LanguageRun, model: Blip3, processor: Processor, timer: PhaseTimer, path: Path) -> None:
     with timer.phase("evaluation"):
-        exam = Exam.draw(config.eval_questions, config.stage.train.seed, processor)
+        skills = [skill for skill in SKILLS if skill not in _UNTAUGHT]
+        exam = Exam.draw(config.eval_questions, config.stage.train.seed, processor, skills)
         right = exam.sit("right pictures", model, processor, None)
         other = Exam.of(with_exchanged_pictures(exam.items), processor)
         exchanged = other.sit("exchanged pictures", model, processor, None)

@@ -66,7 +66,7 @@ def pretrain_stage() -> StageConfig:
 
 def sft_stage() -> StageConfig:
     """Conversations about one picture, any-resolution tiles."""
-    return StageConfig(train=_train(800, 2e-3, 5e-3), max_tokens=1280, world_samples=6000)
+    return StageConfig(train=_train(900, 2e-3, 5e-3), max_tokens=1280, world_samples=6000)
 
 
 def interleaved_stage() -> StageConfig:
@@ -91,16 +91,16 @@ def safety_stage() -> StageConfig:
 def smollm2() -> LanguageRun:
     """The demo's tower and connector before SmolLM2-135M, which gets adapters; a quarter of an hour on two cores."""
     model = demo_model()
-    optimizer = OptimizerConfig(learning_rate=2e-3, weight_decay=0.0, learning_rate_scales={"lang_model": 0.5})
+    optimizer = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, learning_rate_scales={"vision_tokenizer": 0.5})
     return LanguageRun(
         vision=model.vision,
         connector=model.connector,
         tiling=model.tiling,
-        warmup=replace(warmup_stage(), train=_train(400, 4e-3, 1.5e-2)),
+        warmup=replace(warmup_stage(), train=_train(450, 4e-3, 1.5e-2)),
         stage=StageConfig(
-            train=replace(_train(210, 2e-3, 5e-3), optimizer=optimizer, log_every=10),
+            train=replace(_train(190, 1e-3, 1e-3), optimizer=optimizer, log_every=10),
             use_lora=True,
-            max_tokens=1024,
+            max_tokens=640,
             world_samples=2000,
         ),
     )
