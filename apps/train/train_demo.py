@@ -14,8 +14,11 @@ from train_report import write_report
 from train_stages import (
     IMAGE_CACHE_BYTES,
     CheckpointFiles,
+    PackStream,
+    StageData,
     announce,
     fit_stage,
+    make_stream,
     merge_adapters,
     say,
     stage_trainer,
@@ -60,6 +63,17 @@ def _say_stopped(stage: str, result: FitResult, newest: Path | None) -> None:
     )
 
 
+def _begin_stage(
+    name: str, config: DemoRun, processor: Processor, features: FeatureCache
+) -> tuple[StageConfig, StageData, PackStream]:
+    """A stage's data, with workers that begin at once, while the stage before it is examined."""
+    stage: StageConfig = getattr(config, name)
+    data = stage_data(name, stage.world_samples, config.seed)
+    stream = make_stream(stage, data, processor, None if stage.trains_tower else features)
+    stream.start()
+    return stage, data, stream
+
+
 def run_demo(config: DemoRun, stop: StopFlag) -> bool:
     """Run all stages; return False if a signal stopped them."""
     path = free_path(config.out)
@@ -83,11 +97,13 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
     del warmup
     features = FeatureCache(model, config.feature_cache_mb << 20)
     scores: dict[str, StageScores] = {}
+    with checking_input():
+        ready = _begin_stage(STAGES[0], config, processor, features)
     with timer.phase("evaluation"):
         exam = Exam.draw(config.eval_questions, config.seed, processor)
         scores["warmup"] = exam.sit("warmup", model, processor, features, _SHARE_BEFORE)
-    for name in STAGES:
-        stage: StageConfig = getattr(config, name)
+    for name, next_name in zip(STAGES, [*STAGES[1:], None], strict=True):
+        stage, data, stream = ready
         with timer.phase(name):
             with checking_input():
                 trainer = stage_trainer(
@@ -95,8 +111,8 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
                     stage,
                     model,
                     processor,
-                    stage_data(name, stage.world_samples, config.seed),
-                    features=None if stage.trains_tower else features,
+                    data,
+                    stream=stream,
                     run=run,
                     progress=progress,
                     stop=stop,
@@ -112,6 +128,9 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
             _say_stopped(name, result, newest)
             return False
         first_step += result.counters.step
+        if next_name is not None:
+            with checking_input():
+                ready = _begin_stage(next_name, config, processor, features)
         with timer.phase("evaluation"):
             share = _SHARE_BEFORE if name == "pretrain" else 1.0
             scores[name] = exam.sit(name, model, processor, features, share)

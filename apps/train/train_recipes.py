@@ -111,12 +111,16 @@ def demo() -> DemoRun:
     return DemoRun(
         model=demo_model(),
         warmup=warmup_stage(),
-        pretrain=pretrain_stage(),
-        sft=sft_stage(),
-        interleaved=interleaved_stage(),
-        dpo=dpo_stage(),
-        safety=safety_stage(),
+        pretrain=_with_worker(pretrain_stage()),
+        sft=_with_worker(sft_stage()),
+        interleaved=_with_worker(interleaved_stage()),
+        dpo=_with_worker(dpo_stage()),
+        safety=_with_worker(safety_stage()),
     )
+
+
+def _with_worker(stage: StageConfig) -> StageConfig:
+    return replace(stage, num_workers=1)
 
 
 def _alone(stage: Callable[[], StageConfig]) -> Callable[[], StageRun]:

@@ -154,6 +154,10 @@ class PackStream:
                     pack = replace(self._features.collate(samples), sample_ids=ids)
                 yield PairPack(ids, pack) if self._objective == "preference" else pack
 
+    def start(self) -> None:
+        """Let workers begin."""
+        self._stream.start()
+
     def state_dict(self) -> dict[str, Any]:
         """What has been consumed."""
         return dict(self._stream.state_dict())
@@ -207,17 +211,23 @@ def plan_config(stage: StageConfig, data: StageData, seed: int) -> PlanConfig:
     )
 
 
-def make_stream(
-    stage: StageConfig, data: StageData, processor: Processor, features: FeatureCache | None, seed: int
-) -> PackStream:
-    """The stage's batches; lengths that `tools/index.py` has measured for this processor are taken from the index."""
+def make_stream(stage: StageConfig, data: StageData, processor: Processor, features: FeatureCache | None) -> PackStream:
+    """The stage's batches; lengths that `tools/index.py` has measured for this processor are taken from the index.
+
+    Raises:
+        ValueError: settings and data do not fit each other.
+    """
+    if features is not None and stage.trains_tower:
+        raise ValueError("features: expected none for a stage that trains the vision tower, got a cache; they go stale")
+    if stage.views == "base":
+        processor = base_view_processor(processor)
     for source in data.sources:
         if isinstance(source, RecordSource):
             source.use_lengths(processor.size_fingerprint)
     stream: Stream[Any, Any] = Stream(
         data.sources,
         StageEncoder(processor, stage.objective, is_collated=features is None),
-        plan_config(stage, data, seed),
+        plan_config(stage, data, stage.train.seed),
         num_workers=stage.num_workers,
         data_timeout_s=stage.data_timeout_s,
         skips=SkipCounter(data.skip_limits),
@@ -255,24 +265,18 @@ def stage_trainer(
     processor: Processor,
     data: StageData,
     *,
-    features: FeatureCache | None,
+    stream: PackStream,
     run: RunFolder,
     progress: Progress,
     stop: StopFlag,
     first_step: int = 0,
 ) -> Trainer[Any]:
-    """Make one stage ready for `fit_stage`: freeze plan, adapters, stream.
+    """Make one stage ready for `fit_stage`: freeze plan, adapters. `stream`: of this stage and data (`make_stream`).
 
     Raises:
-        ValueError: settings and data do not fit each other.
+        ValueError: an adapter's target is not in the model.
     """
-    if features is not None and stage.trains_tower:
-        raise ValueError("features: expected none for a stage that trains the vision tower, got a cache; they go stale")
     freeze(model, stage)
-    full_processor = processor
-    if stage.views == "base":
-        processor = base_view_processor(processor)
-    stream = make_stream(stage, data, processor, features, stage.train.seed)
     return Trainer(
         model=Preference(model, stage.dpo) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),
@@ -280,7 +284,7 @@ def stage_trainer(
         cfg=stage.train,
         stage=name,
         run=run,
-        files=CheckpointFiles(model, full_processor, stage.lora if stage.use_lora else None),
+        files=CheckpointFiles(model, processor, stage.lora if stage.use_lora else None),
         first_step=first_step,
         data_fingerprint=data.fingerprint,
         progress=progress,

@@ -222,6 +222,7 @@ class WordScores(nn.Module):
     """
 
     SCALE = 10.0
+    directions: Tensor
 
     def __init__(self, words: Sequence[Float[Tensor, "n width"]]) -> None:
         super().__init__()

@@ -123,6 +123,9 @@ def toy_demo(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the demo ran, two steps a stage, three questions a skill."""
     folder = tmp_path_factory.mktemp("demo")
     stages = toy_steps("warmup.", "pretrain.", "sft.", "interleaved.", "dpo.", "safety.")
+    # One stage with a worker tells; a process takes seconds to start.
+    for stage in ("pretrain", "interleaved", "dpo", "safety"):
+        stages += [f"--{stage}.num-workers", "0"]
     done = _run(repo_root, "train", ["--eval-questions", "3", *stages, *TOY_MODEL], folder)
     assert done.returncode == 0, done.stderr
     return folder

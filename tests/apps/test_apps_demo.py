@@ -125,7 +125,7 @@ def test_a_stage_of_the_demo_can_train_the_tower(train, tmp_path: Path, toy_mode
 
     # One stage tells; all five take as long as they do in `toy_demo`.
     monkeypatch.setattr(train_demo, "STAGES", ("sft",))
-    steps = ["--warmup.max-steps", "1", "--sft.max-steps", "1"]
+    steps = ["--warmup.max-steps", "1", "--sft.max-steps", "1", "--sft.num-workers", "0"]
     trains = ["--sft.trains", "vision_encoder", "lang_model"]
     assert train("--eval-questions", "1", *steps, *trains, *toy_model) == 0
     paths = sorted((tmp_path / "runs/demo/checkpoints").glob("step-*"))
@@ -133,25 +133,16 @@ def test_a_stage_of_the_demo_can_train_the_tower(train, tmp_path: Path, toy_mode
     assert not after["embeddings.position_embedding.weight"].equal(before["embeddings.position_embedding.weight"])
 
 
-def test_features_are_not_kept_of_a_tower_that_moves(train, parse, tiny_model, tiny_processor, tmp_path: Path) -> None:
+def test_features_are_not_kept_of_a_tower_that_moves(train, parse, tiny_model, tiny_processor) -> None:
     from blip3_lite import FeatureCache
-    from train_stages import stage_trainer
+    from train_stages import make_stream
     from train_world import stage_data
-    from trainer_lite import QuietProgress, RunFolder, StopFlag
 
     tiny_model.requires_grad_(False)
+    stage, data = parse("sft", "--trains", "vision_encoder").stage, stage_data("sft", 1, 0)
+    features = FeatureCache(tiny_model, 1 << 20)
     with pytest.raises(ValueError, match="features: expected none for a stage that trains the vision tower"):
-        stage_trainer(
-            "sft",
-            parse("sft", "--trains", "vision_encoder").stage,
-            tiny_model,
-            tiny_processor,
-            stage_data("sft", 1, 0),
-            features=FeatureCache(tiny_model, 1 << 20),
-            run=RunFolder(tmp_path),
-            progress=QuietProgress(),
-            stop=StopFlag(),
-        )
+        make_stream(stage, data, tiny_processor, features)
 
 
 def test_a_stopped_demo_says_what_to_do_and_is_exit_130(train, toy_model, toy_flags, capsys, monkeypatch) -> None:

@@ -187,7 +187,7 @@ def test_packs_of_many_samples_are_a_matter_of_one_flag(train, parse, tiny_proce
     turns = (Turn(role="document", parts=(TextPart("red"),)),)
     samples = [Sample(id=str(index), source="mine", turns=turns) for index in range(7)]
     stage = parse("sft", "--max-samples", "100").stage
-    batch = next(iter(make_stream(stage, StageData([InMemory("mine", samples)]), tiny_processor, None, seed=0)))
+    batch = next(iter(make_stream(stage, StageData([InMemory("mine", samples)]), tiny_processor, None)))
     assert len(batch.sample_ids) == 100
 
 

@@ -106,6 +106,11 @@ class Stream(Generic[Encoded, Packed]):
             if made.ids or self._maker.num_ranks > 1:
                 return Batch(made.number, made.data, made.ids, made.size.tokens, made.size.tiles)
 
+    def start(self) -> None:
+        """Let workers begin before the first batch is asked for; without workers there is nothing to start."""
+        if self._packs is None and self._num_workers > 0:
+            self._packs = self._start()
+
     def __enter__(self) -> "Stream[Encoded, Packed]":
         return self
 
