@@ -58,6 +58,7 @@ def killed(repo_root: Path, folder: Path, arguments: Sequence[str], kills: Seque
 def test_the_same_command_after_each_kill_ends_as_if_there_had_been_none(
     repo_root: Path, tmp_path: Path, command: list[str], kills: list[str], seed: int
 ) -> None:
+    """(T1, T29): kills in steps, in saves, and in the start-up; controls: tests/trainer_lite/test_trainer_kills.py."""
     if len(kills) > 5:
         command += ["--max-steps", "200"]
     attempts = killed(repo_root, tmp_path, command, kills, seed)
@@ -92,6 +93,7 @@ def signal_at(monkeypatch, step: int, *numbers: int) -> None:
 def test_sigterm_saves_exits_143_and_the_run_goes_on(
     train, tmp_path: Path, command: list[str], monkeypatch, capsys
 ) -> None:
+    """(T29)"""
     command += ["--max-steps", "6", "--checkpoint-every", "4"]
     assert train(*command, "--out", "whole") == 0
     with monkeypatch.context() as patched:
@@ -112,6 +114,7 @@ def test_sigterm_saves_exits_143_and_the_run_goes_on(
 def test_resume_auto_passes_over_what_is_damaged_and_a_named_one_is_taken(
     train, tmp_path: Path, command: list[str], capsys
 ) -> None:
+    """(T4)"""
     command += ["--max-steps", "4", "--checkpoint-every", "1", "--out", "mine"]
     assert train(*command, "--resume", "auto", "--keep-last", "9") == 0
     whole = course(tmp_path / "mine")
@@ -132,9 +135,34 @@ def test_resume_auto_passes_over_what_is_damaged_and_a_named_one_is_taken(
         assert hint in capsys.readouterr().err
 
 
+def test_a_shard_that_changed_is_named_and_its_source_begins_anew_by_a_flag(
+    train, tmp_path: Path, toy_flags, llava_data: Path, monkeypatch, capsys
+) -> None:
+    """(T7)"""
+    rows = json.loads((llava_data.parent / "train.json").read_text())
+    shards = {"0.jsonl": rows[:3], "1.jsonl": rows[3:6], "2.jsonl": rows[6:]}
+    for name, part in shards.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    source = '[[sources]]\nname = "toy"\nformat = "llava-json"\npath = "*.jsonl"\n'
+    (tmp_path / "data.toml").write_text(f'{source}image_root = "{llava_data.parent}"\n')
+    command = ["sft", "--data", "data.toml", "--out", "mine", *toy_flags, "--max-steps", "4", "--max-samples", "2"]
+    with monkeypatch.context() as patched:
+        signal_at(patched, 2, signal.SIGTERM)
+        assert train(*command) == 143
+    (tmp_path / "1.jsonl").unlink()
+    capsys.readouterr()
+    assert train(*command, "--resume") == 2
+    assert "got data: toy (removed: 1.jsonl); restore them or accept" in capsys.readouterr().err
+    assert train(*command, "--resume", "--accept-data-change") == 0
+    said = capsys.readouterr().err
+    assert "toy: is not as in the checkpoint (removed: 1.jsonl), so it is read from its beginning" in said
+    assert [step for step, *_ in course(tmp_path / "mine")] == [1, 2, 3, 4]
+
+
 def test_full_disk_has_status_4_and_too_many_steps_that_are_not_finite_5(
     train, tmp_path: Path, command: list[str], monkeypatch, capsys
 ) -> None:
+    """(T3, T20): the statuses; the rest is in tests/trainer_lite/test_trainer_saves.py and test_trainer_loop.py."""
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -155,6 +155,27 @@ def test_changed_data_pass_by_their_own_wish_and_the_stream_hears_of_it(tiny, tm
         changed(Telling(), grad_clip=2.0).resume(run.checkpoints()[0], accept_data_change=True)
 
 
+def test_a_stream_that_can_say_what_changed_is_asked(tiny, tmp_path):
+    """(T7)"""
+    run = cut_run(tiny, tmp_path / "cut")
+
+    class Telling(tiny.stream):
+        words: tuple[str, ...] = ("a (removed: 1.tar)", "b (a new source)")
+
+        def changes(self, state) -> list[str]:
+            assert state["num_batches"] == 2 * CUT
+            return list(self.words)
+
+    telling = Telling((3, 2))
+    trainer = tiny.trainer(config(), stream=telling, run=run, with_files=True, stage="sft", data_fingerprint="other")
+    with pytest.raises(ValueError, match=r"got data: a \(removed: 1\.tar\), b \(a new source\); restore them"):
+        trainer.resume(run.checkpoints()[0])
+    # What is no matter of the sources, such as limits on images, only the fingerprints tell.
+    telling.words = ()
+    with pytest.raises(ValueError, match=r"got data: '' in the checkpoint, 'other' now; restore them"):
+        trainer.resume(run.checkpoints()[0])
+
+
 def test_spike_guard_goes_on_with_the_median_that_it_had(tiny, tmp_path):
     """And may be switched on where a run is taken up, which is when one wishes for it."""
     run = cut_run(tiny, tmp_path / "cut")

@@ -126,7 +126,7 @@ class RecordSource:
 
     @property
     def shards(self) -> dict[str, str]:
-        """Digest of each shard by its name, in order: what `shard_changes` compares."""
+        """Digest of each shard by its name, in order."""
         return {name: header.digest for name, header in zip(self._names, self._headers, strict=True)}
 
     def __len__(self) -> int:
@@ -253,22 +253,6 @@ class RecordImages(Images):
 def _lengths_fingerprint(measured_by: str, settings: Mapping[str, Setting]) -> str:
     """Name the lengths of a shard: of the same records another format makes other samples."""
     return sha256(msgspec.json.encode([measured_by, sorted(settings.items())])).hexdigest()[:16]
-
-
-def shard_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Say in words how the shards of a source differ from those that were saved; empty if they do not."""
-    kept = [name for name in now if name in saved]
-    changes = {
-        "removed": [name for name in saved if name not in now],
-        "added": [name for name in now if name not in saved],
-        "changed": [name for name in kept if saved[name] != now[name]],
-        "in another order": [] if kept == [name for name in saved if name in now] else kept,
-    }
-    return "; ".join(f"{what}: {_some(names)}" for what, names in changes.items() if names)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _shard_names(paths: Sequence[str]) -> list[str]:
