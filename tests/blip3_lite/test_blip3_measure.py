@@ -108,7 +108,7 @@ def chat(*parts, answer="red") -> Sample:
 
 @pytest.mark.parametrize("times", [1, 10])
 def test_a_sample_beyond_the_window_is_cut_at_its_end(tiny_processor, times):
-    # Test T18: longer than the window by one, and ten times as long.
+    """(T18): longer than the window by one, and ten times as long."""
     sample = Sample("d", "t", (Turn("document", (picture((16, 16)), TextPart("red blue green " * 40))),))
     whole = tiny_processor.encode(sample)
     limit = Size(whole.length - 1 if times == 1 else whole.length // 10, ANY)
@@ -120,30 +120,59 @@ def test_a_sample_beyond_the_window_is_cut_at_its_end(tiny_processor, times):
     assert cut.num_targets == limit.tokens - len(cut.image_index)
 
 
-def test_an_image_at_the_cut_goes_with_everything_behind_it(tiny_processor):
+def check_no_image_is_cut(processor: Processor) -> None:
     parts = (TextPart("red red"), picture((16, 16)), TextPart("blue"), picture((40, 16)), TextPart("green"))
     sample = Sample("d", "t", (Turn("document", parts),))
-    whole = tiny_processor.encode(sample)
+    whole = processor.encode(sample)
     # 16 × 16 fits 1 × 2, so three tiles of three latents; 40 × 16 fits 3 × 1, so four.
-    first, second = (whole.image_index[start : start + 1].item() for start in (0, 9))
+    first, second = (int(whole.image_index[start]) for start in (0, 9))
     for tokens in range(second, second + 12):
-        cut = tiny_processor.encode(sample, Size(tokens, ANY))
+        cut = processor.encode(sample, Size(tokens, ANY))
         assert (cut.length, cut.tiles_per_image) == (second, (3,))
-    whole_second = tiny_processor.encode(sample, Size(second + 12, ANY))
+    whole_second = processor.encode(sample, Size(second + 12, ANY))
     assert (whole_second.length, whole_second.tiles_per_image) == (second + 12, (3, 4))
     # The same border where tiles run out; without a tile, what is before the first image is left.
-    assert tiny_processor.encode(sample, Size(ANY, 6)).length == second
-    assert tiny_processor.encode(sample, Size(ANY, 2)).length == first
+    assert processor.encode(sample, Size(ANY, 6)).length == second
+    assert processor.encode(sample, Size(ANY, 2)).length == first
+
+
+def check_two_hundred_images(processor: Processor) -> None:
+    parts = tuple(part for _ in range(200) for part in (TextPart("red"), picture((16, 16))))
+    sample = Sample("d", "t", (Turn("document", parts),))
+    assert processor.measure(sample).tiles == 600
+    cut = processor.encode(sample, Size(ANY, 32))
+    assert (len(cut.tiles), len(cut.tiles_per_image)) == (30, 10)
+    assert cut.length == int(processor.encode(sample).image_index[90])
+
+
+def test_an_image_at_the_cut_goes_with_everything_behind_it(tiny_processor):
+    """(T18, T16)"""
+    check_no_image_is_cut(tiny_processor)
 
 
 def test_of_two_hundred_images_as_many_are_kept_as_tiles_allow(tiny_processor):
-    # Test T16.
-    parts = tuple(part for _ in range(200) for part in (TextPart("red"), picture((16, 16))))
-    sample = Sample("d", "t", (Turn("document", parts),))
-    assert tiny_processor.measure(sample).tiles == 600
-    cut = tiny_processor.encode(sample, Size(ANY, 32))
-    assert (len(cut.tiles), len(cut.tiles_per_image)) == (30, 10)
-    assert cut.length == int(tiny_processor.encode(sample).image_index[90])
+    """(T16): that the cut is counted is in tests/interleave_data/test_data_stream.py, `check_too_long_is_counted`."""
+    check_two_hundred_images(tiny_processor)
+
+
+def test_a_cut_within_an_image_or_beyond_the_tiles_shows(tiny_processor, monkeypatch):
+    """(T16, T18): the controls, a processor that cuts where the tokens end, and one that takes no heed of tiles."""
+    cut = Processor._cut
+
+    def at_the_token(self, encoded, counts, limit) -> tuple[int, int]:
+        return limit.tokens, cut(self, encoded, counts, limit)[1]
+
+    def whatever_the_tiles(self, encoded, counts, limit) -> tuple[int, int]:
+        return cut(self, encoded, counts, Size(limit.tokens, ANY))
+
+    for broken, checks in (
+        (at_the_token, [check_no_image_is_cut]),
+        (whatever_the_tiles, [check_no_image_is_cut, check_two_hundred_images]),
+    ):
+        monkeypatch.setattr(Processor, "_cut", broken)
+        for check in checks:
+            with pytest.raises(AssertionError):
+                check(tiny_processor)
 
 
 def test_an_answer_that_is_cut_away_leaves_nothing_to_learn(tiny_processor):
