@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,38 @@ def test_the_same_command_after_each_kill_ends_as_if_there_had_been_none(
         for name in ("whole", "killed")
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("is_forgetful", [False, True])
+def test_the_embedded_world_goes_on_where_it_was(train, parse, monkeypatch, tiny_processor, is_forgetful: bool) -> None:
+    """(T2, T8): packs of two sources with their pictures; the control forgets what waits to be packed."""
+    import train_stages
+    from interleave_data import Packer
+    from train_stages import make_stream
+    from train_world import stage_data
+
+    monkeypatch.setattr(train_stages, "_LOOK_AHEAD", 6)
+    stage = parse("interleaved", "--max-samples", "3").stage
+    data = stage_data("interleaved", 4, seed=1)
+
+    def stream(state: dict | None = None):
+        made = make_stream(stage, data, tiny_processor, None, seed=1)
+        if state is not None:
+            made.load_state_dict(json.loads(json.dumps(state)))
+        return made
+
+    whole = [(batch.sample_ids, batch.ids.tolist()) for batch in islice(stream(), 5)]
+    if is_forgetful:
+        load = Packer.load_state_dict
+        monkeypatch.setattr(
+            Packer, "load_state_dict", lambda self, state, make: load(self, {**state, "waiting": []}, make)
+        )
+    resumed, state = [], None
+    for count in (1, 0, 2, 2):
+        made = stream(state)
+        resumed += [(batch.sample_ids, batch.ids.tolist()) for batch in islice(made, count)]
+        state = made.state_dict()
+    assert (resumed == whole) is not is_forgetful
 
 
 def signal_at(monkeypatch, step: int, *numbers: int) -> None:

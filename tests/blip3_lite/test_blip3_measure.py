@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from blip3_lite import EncodedSample, Processor
+from blip3_lite import EncodedSample, Processor, collate
 from interleave_data import ImagePart, PreferenceSample, Sample, Size, SkipReason, SkipSample, TextPart, Turn
 
 ANY = 1 << 30
@@ -107,7 +107,7 @@ def chat(*parts, answer="red") -> Sample:
 
 
 @pytest.mark.parametrize("times", [1, 10])
-def test_a_sample_beyond_the_window_is_cut_at_its_end(tiny_processor, times):
+def test_a_sample_beyond_the_window_is_cut_at_its_end(tiny_model, tiny_processor, times):
     """(T18): longer than the window by one, and ten times as long."""
     sample = Sample("d", "t", (Turn("document", (picture((16, 16)), TextPart("red blue green " * 40))),))
     whole = tiny_processor.encode(sample)
@@ -118,6 +118,20 @@ def test_a_sample_beyond_the_window_is_cut_at_its_end(tiny_processor, times):
     # The token behind the cut is not there to be learnt; all others are.
     assert cut.targets[-1] == -100
     assert cut.num_targets == limit.tokens - len(cut.image_index)
+    assert tiny_model.loss_sum(collate([cut])).isfinite()
+
+
+@pytest.mark.parametrize("size_px", [(1, 1), (1, 100_000), (100_000, 1), (3000, 2)])
+def test_a_sliver_takes_what_was_told_and_is_finite(tiny_model, tiny_processor, size_px):
+    """(T14): the control of what was told is `measure` of another shape."""
+    sample, other = (chat(picture(size), TextPart("what?")) for size in (size_px, (16, 40)))
+    encoded = tiny_processor.encode(sample)
+    assert tiny_processor.measure(sample) == (encoded.length, len(encoded.tiles))
+    assert tiny_processor.cfg.num_image_tokens(len(encoded.tiles)) == len(encoded.image_index)
+    assert tiny_processor.measure(sample) != tiny_processor.measure(other) or size_px == (1, 1)
+    with torch.no_grad():
+        assert tiny_model(collate([encoded])).isfinite().all()
+        assert tiny_model.loss_sum(collate([encoded])).isfinite()
 
 
 def check_no_image_is_cut(processor: Processor) -> None:

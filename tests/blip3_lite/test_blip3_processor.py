@@ -98,6 +98,7 @@ def test_system_prompt_of_the_config_is_put_first(tiny_config, tiny_tokenizer) -
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tiny_config, tiny_tokenizer) -> None:
+    """(T24)"""
     import msgspec
 
     small = msgspec.structs.replace(tiny_config.lm, vocab_size=200)

@@ -172,6 +172,7 @@ def test_same_seed_same_stream_and_other_seed_other_stream():
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 7, 19])
 def test_stream_continues_exactly_from_its_state(cut):
+    """(T2)"""
     whole = stream()
     expected = [(outline(batch), whole.skips.table()) for batch in islice(whole, 40)]
     before = stream()
@@ -187,6 +188,7 @@ def test_stream_continues_exactly_from_its_state(cut):
 
 
 def test_state_survives_two_cuts_and_saving_at_once():
+    """(T2): again and again within an epoch, each time saved at once"""
     whole = [outline(batch) for batch in islice(stream(), 12)]
     got, state = [], stream().state_dict()
     for _ in range(12):
@@ -244,6 +246,7 @@ def test_state_is_small():
 
 @pytest.mark.parametrize("forgotten", ["packer", "mixture"])
 def test_a_state_with_a_part_left_out_does_not_continue_the_stream(forgotten):
+    """(T1, T2): the controls"""
     # The comparison above must be able to fail.
     whole = [outline(batch) for batch in islice(stream(), 20)]
     before, after = stream(), stream()
@@ -521,6 +524,7 @@ def test_errors_of_the_program_are_not_skipped():
 
 
 def test_a_source_without_any_good_sample_ends_the_run():
+    """(T12)"""
     counter = SkipCounter(SkipLimits(max_share=1.0, max_consecutive=100))
     spoilt = Raising(SkipSample(SkipReason.NOT_AN_IMAGE, "html"))
     with pytest.raises(
@@ -531,6 +535,7 @@ def test_a_source_without_any_good_sample_ends_the_run():
 
 
 def test_share_of_skips_is_bounded_for_each_source():
+    """(T12): the control, a good source and one at its limit, in the same run"""
     counter = SkipCounter(SkipLimits(max_share=0.01, max_consecutive=100, min_seen=1000))
     bad = SkipSample(SkipReason.BAD_RECORD, "x")
     for number in range(5000):

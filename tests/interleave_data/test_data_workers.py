@@ -165,6 +165,7 @@ def test_a_timeout_that_is_not_heeded_shows(parts, tmp_path: Path):
 
 
 def test_a_dead_worker_and_its_pack_are_named(parts):
+    """(T30)"""
     with (
         stream(parts, 2, parts.Dying()) as data,
         pytest.raises(WorkerError, match=r"data worker \d: expected pack \d+ from here, .* \(signal SIGKILL\)"),

@@ -65,6 +65,7 @@ def test_five_kills_do_not_show(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", [2, 3])
 def test_thirty_kills_do_not_show(tmp_path: Path, seed: int) -> None:
+    """(T1)"""
     attempts = killed(tmp_path, max_steps=600, save_every=3, kills=["calls", "disk"] * 15, seed=seed)
     check_kills(tmp_path, attempts, max_steps=600, save_every=3)
 

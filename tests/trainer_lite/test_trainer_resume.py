@@ -58,6 +58,7 @@ def resumed(tiny, run: RunFolder, kind: Literal["adamw", "muon"] = "adamw", stop
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_resume_equals_uninterrupted(tiny, tmp_path, kind):
+    """(T1)"""
     whole = uninterrupted(tiny, tmp_path / "whole", kind)
     run = cut_run(tiny, tmp_path / "cut", kind)
     result = resumed(tiny, run, kind).fit()
@@ -67,6 +68,7 @@ def test_resume_equals_uninterrupted(tiny, tmp_path, kind):
 
 
 def test_resume_twice_and_save_at_once(tiny, tmp_path):
+    """(T2)"""
     whole = uninterrupted(tiny, tmp_path / "whole")
     run = cut_run(tiny, tmp_path / "cut", at=7)
     trainer = resumed(tiny, run)
@@ -100,6 +102,7 @@ def test_resume_after_a_kill_redoes_the_lost_steps(tiny, tmp_path):
 
 @pytest.mark.parametrize("omitted", ["random states", "optimiser", "stream", "update count"])
 def test_resume_without_a_part_differs(tiny, tmp_path, monkeypatch, omitted):
+    """(T1, T2): the controls"""
     whole = uninterrupted(tiny, tmp_path / "whole")
     run = cut_run(tiny, tmp_path / "cut")
     if omitted == "random states":

@@ -251,6 +251,7 @@ def test_going_back_leaves_the_later_course_behind(tmp_path):
 
 
 def test_reopen_clears_what_a_kill_left_and_puts_back_what_waited(tmp_path):
+    """(T1)"""
     run = RunFolder.create(tmp_path / "run", {})
     run.save_checkpoint(1, {"a": lambda path: path.write_text("x")}, {}, keep_last=2)
     # Killed between the two renames of a folder that was written again, and while small files were written.
@@ -268,6 +269,7 @@ def test_reopen_clears_what_a_kill_left_and_puts_back_what_waited(tmp_path):
 
 
 def test_a_run_at_work_is_not_taken_up_and_its_death_frees_it(tmp_path):
+    """(T29): no lock outlives its process"""
     code = (
         "import os, sys; from trainer_lite import RunFolder; run = RunFolder.create(sys.argv[1], {})\n"
         "child = os.fork()\n"
