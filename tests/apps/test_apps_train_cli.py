@@ -98,6 +98,7 @@ def test_a_missing_checkpoint_is_named_and_no_run_folder_is_made(train, tmp_path
 
 
 def test_stage_from_a_data_file_saves_config_and_a_model(run_app, tmp_path: Path, toy_flags, llava_data: Path) -> None:
+    """(T31): two fresh processes, each with a hash seed of its own"""
     done = run_app("train", ["sft", "--data", str(llava_data), "--out", "mine", *toy_flags], tmp_path)
     assert done.returncode == 0, done.stderr
     saved = json.loads((tmp_path / "mine/config.json").read_text())

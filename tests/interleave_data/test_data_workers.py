@@ -51,7 +51,7 @@ def outline(data: Stream, batch) -> tuple:
 
 
 def test_any_number_of_workers_on_resume_gives_the_same_batches(parts):
-    """(T6): 2 → 0 → 4 workers."""
+    """(T6, T10): 2 → 0 → 4 workers, which are more than there are sources."""
     whole = stream(parts)
     expected = [outline(whole, batch) for batch in islice(whole, 30)]
     got, state = [], None
