@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import random
 import shutil
 import tarfile
@@ -158,7 +159,9 @@ def test_what_a_cut_shard_lost_is_counted_exactly_where_that_is_asked_for(tar, c
     assert captions(tar, cut_shards="skip").fingerprint == fingerprint
     tar.write_bytes(whole[: needed[1]])
     caplog.clear()
-    captions(tar, cut_shards="skip")
+    source = captions(tar, cut_shards="skip")
+    # As it goes to a worker.
+    assert lost_of(pickle.loads(pickle.dumps(source))) == lost_of(source) == {2, 3, 4}
     # The record behind them is lost too, which nobody reads.
     assert "0.tar is cut: 4 of its 5 samples are not whole; what cannot be read is skipped" in caplog.text
 

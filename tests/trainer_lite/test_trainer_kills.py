@@ -198,12 +198,14 @@ def test_a_state_from_within_a_window_shows(tmp_path: Path, monkeypatch) -> None
 
 @pytest.mark.nightly
 def test_two_thousand_steps_with_kills_end_in_the_same_weights(tmp_path: Path) -> None:
+    """(T32)"""
     attempts = killed(tmp_path, max_steps=2000, save_every=20, kills=["calls", "disk", "startup"] * 10, seed=4)
     check_kills(tmp_path, attempts, max_steps=2000, save_every=20)
 
 
 @pytest.mark.nightly
 def test_memory_stays_flat(tmp_path: Path) -> None:
+    """(T32)"""
     made = trainer(tmp_path / "run", settings(max_steps=2000, save_every=50))
     resident: list[int] = []
 
