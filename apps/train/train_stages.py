@@ -137,6 +137,11 @@ class PackStream:
         truncated = self._stream.skips.num_truncated
         return {**self._stream.skips.by_reason(), **({"truncated": truncated} if truncated else {})}
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for packs; the vision tower's share of a batch is not among them."""
+        return self._stream.waited_s
+
     def __iter__(self) -> Iterator[Any]:
         """Go on from the current state; workers end with the iteration."""
         with self._stream:

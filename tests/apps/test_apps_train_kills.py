@@ -38,11 +38,13 @@ def command(toy_flags, mixed_data: Path) -> list[str]:
     return ["sft", "--data", str(mixed_data), *toy_flags, *steps]
 
 
-def killed(repo_root: Path, folder: Path, arguments: Sequence[str], kills: Sequence[str], seed: int) -> list[dict]:
-    request = json.dumps({"arguments": arguments, "kills": kills, "seed": seed})
+def killed(
+    repo_root: Path, folder: Path, arguments: Sequence[str], kills: Sequence[str], seed: int, **more: object
+) -> list[dict]:
+    request = json.dumps({"arguments": arguments, "kills": kills, "seed": seed, **more})
     script, program = repo_root / "tests/trainer_lite/kill_runs.py", repo_root / "tests/apps/train_program.py"
     done = subprocess.run(
-        [sys.executable, script, program, folder, request], capture_output=True, text=True, timeout=900
+        [sys.executable, script, program, folder, request], capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -106,6 +108,36 @@ def test_the_embedded_world_goes_on_where_it_was(train, parse, monkeypatch, tiny
         resumed += [(batch.sample_ids, batch.ids.tolist()) for batch in islice(made, count)]
         state = made.state_dict()
     assert (resumed == whole) is not is_forgetful
+
+
+@pytest.mark.nightly
+def test_two_thousand_steps_with_kills_bad_samples_and_changing_workers_end_in_the_same_weights(
+    repo_root: Path, tmp_path: Path, toy_flags, llava_data: Path
+) -> None:
+    """(T32): one sample of 200 is bad; the workers change at each of thirty kills."""
+    rows = json.loads((llava_data.parent / "train.json").read_text())
+    many = [{**rows[index % len(rows)], "id": f"q{index}"} for index in range(200)]
+    many[77]["image"] = "nowhere.png"
+    (tmp_path / "many.json").write_text(json.dumps(many))
+    data = tmp_path / "data.toml"
+    data.write_text(llava_data.read_text().replace(f"{llava_data.parent}/train.json", str(tmp_path / "many.json")))
+    command = ["sft", "--data", str(data), *toy_flags, "--max-steps", "2000", "--checkpoint-every", "20"]
+    command += ["--max-samples", "3"]
+    workers = [["--num-workers", number] for number in ("0", "2", "1")]
+    kills = ["calls", "disk", "startup"] * 10
+    attempts = killed(repo_root, tmp_path, command, kills, 4, changes=workers)
+    assert [attempt["status"] for attempt in attempts] == [-9] * len(kills) + [0]
+    assert attempts[-1]["temporary"] == []
+    whole = course(tmp_path / "whole")
+    assert len(whole) == 2000
+    assert course(tmp_path / "killed") == whole
+    last = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("whole", "killed")
+    ]
+    assert last[0]["skipped"] == last[1]["skipped"]
+    assert sum(last[0]["skipped"].values()) >= 20
+    weights = [tmp_path / name / "checkpoints/step-00002000/model.safetensors" for name in ("whole", "killed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def signal_at(monkeypatch, step: int, *numbers: int) -> None:

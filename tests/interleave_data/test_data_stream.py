@@ -575,3 +575,19 @@ def test_counter_continues_from_its_state():
     assert (other.table(), other.num_seen("a"), other.num_seen("b")) == ({"a": {"too_long": 2}}, 3, 0)
     with pytest.raises(TooManySkips, match="3 bad samples in a row"):
         other.skip("a", bad)
+
+
+def test_the_time_that_packs_were_waited_for_is_counted_and_what_happens_between_them_is_not(monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("interleave_data.stream.time.perf_counter", lambda: clock[0])
+
+    class Slow(Letters):
+        def collate(self, items, ids, /) -> tuple:
+            clock[0] += 2.0
+            return tuple(items)
+
+    made = stream(Slow())
+    for number in range(1, 4):
+        next(made)
+        assert made.waited_s == 2.0 * number
+        clock[0] += 100.0

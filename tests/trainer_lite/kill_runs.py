@@ -1,14 +1,16 @@
 """Run a program again and again, each time in a forked child that is killed at a chosen moment, the last one in peace.
 
-    python kill_runs.py PROGRAM FOLDER REQUEST      REQUEST: {"arguments", "kills", "seed"}
+    python kill_runs.py PROGRAM FOLDER REQUEST      REQUEST: {"arguments", "kills", "seed", "changes"}
 
 PROGRAM is a file with `main(folder, arguments) -> int`; it begins the run in FOLDER or goes on with it. One import
 serves all children, so that thirty kills take seconds. A kill is a SIGKILL that the child sends itself before its n-th
 Python call, or before its n-th operation on the disk (sync, rename, removal), with n drawn from the seed within a share
 of what a whole run has: calls lie mostly in steps, operations in saves, between write and rename, and in the pruning.
 `kills` names the kind of each kill in turn: "calls", "disk", or "startup", a call before the first step of the child.
+`changes`, which may be left out, are lists of arguments that the children of the killed run get in turn as well.
 """
 
+import itertools
 import json
 import os
 import random
@@ -97,11 +99,12 @@ def main(program_file: str, folder: Path, request: dict) -> list[dict]:
     drawn = random.Random(request["seed"])
     run = RunFolder(folder / "killed")
     attempts: list[dict] = []
+    changes = itertools.cycle(request.get("changes", [[]]))
     for kind in kills:
         # All shares together are less than a whole run, so that none of the children gets to its end.
         share = counts[kind] // (1 if kind == "startup" else len(kills))
         kill_at = drawn.randint(1 if kind == "startup" else share // 2, share)
-        status, _ = forked(program, run.path, arguments, **{kind: kill_at})
+        status, _ = forked(program, run.path, [*arguments, *next(changes)], **{kind: kill_at})
         found = run.find_checkpoint()
         steps = [record.step for record in read_metrics(run.metrics.path)] if run.metrics.path.exists() else []
         attempts.append(
@@ -114,7 +117,7 @@ def main(program_file: str, folder: Path, request: dict) -> list[dict]:
                 "temporary": temporary(run),
             }
         )
-    status, _ = forked(program, run.path, arguments)
+    status, _ = forked(program, run.path, [*arguments, *next(changes)])
     attempts.append({"kill": None, "status": status, "temporary": temporary(run)})
     return attempts
 

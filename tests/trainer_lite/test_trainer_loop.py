@@ -26,6 +26,7 @@ from trainer_lite import (
     samples_digest,
 )
 from trainer_lite.guards import is_spike, with_loss
+from trainer_lite.metrics import format_record
 
 
 def config(max_steps: int = 3, **settings) -> TrainConfig:
@@ -474,3 +475,25 @@ def test_saving_needs_run_and_files(tiny):
         tiny.trainer(config(save_every=2))
     with pytest.raises(ValueError, match="expected both run and files"):
         tiny.trainer(config(), with_files=True)
+
+
+def test_the_share_of_a_step_that_waited_for_data_is_logged_where_the_stream_counts_it(tiny) -> None:
+    class Waiting(tiny.stream):
+        reads = 0
+
+        @property
+        def waited_s(self) -> float:
+            # Read before and behind each step: a tenth of a millisecond apart.
+            self.reads += 1
+            return self.reads * 1e-4
+
+    records = {}
+    for stream in (tiny.stream(), Waiting()):
+        trainer = tiny.trainer(config(max_steps=1), stream=stream)
+        records[type(stream)] = trainer.fit().last
+    silent, waiting = records.values()
+    assert silent.data_wait == 0.0
+    assert "data" not in format_record(silent, 1)
+    # The rate says how long the step took.
+    assert waiting.data_wait * waiting.target_tokens / waiting.tokens_per_s == pytest.approx(1e-4)
+    assert format_record(waiting, 1).endswith(f"data {waiting.data_wait:.0%}")

@@ -8,6 +8,7 @@ nothing had happened, with any number of workers, as long as the encoder depends
 settings are compared with those it was saved with.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, cast
@@ -78,6 +79,8 @@ class Stream(Generic[Encoded, Packed]):
         self._maker = Maker(sources, encoder, cfg, rank=rank, num_ranks=num_ranks)
         self._num_workers, self._timeout_s = num_workers, data_timeout_s
         self.skips = skips or SkipCounter()
+        self.waited_s = 0.0
+        """Seconds that `next` has waited for packs so far; without workers, those that it took to make them."""
         self._consumed: Mapping[str, object] = self._maker.plan.state_dict()
         self._packs: Iterator[Made[Packed]] | None = None
 
@@ -164,11 +167,14 @@ class Stream(Generic[Encoded, Packed]):
     def _next_made(self) -> Made[Packed]:
         if self._packs is None:
             self._packs = self._start()
+        start_s = time.perf_counter()
         try:
             return next(self._packs)
         except BaseException:
             self.close()
             raise
+        finally:
+            self.waited_s += time.perf_counter() - start_s
 
     def _start(self) -> Iterator[Made[Packed]]:
         if self._num_workers == 0:

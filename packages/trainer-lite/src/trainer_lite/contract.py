@@ -60,7 +60,10 @@ class StepModel(Protocol[BatchT_contra]):
 
 @runtime_checkable
 class Stream(Protocol[BatchT_co]):
-    """Batches in an order that can be continued: its state is small and speaks of consumed, not prefetched, batches."""
+    """Batches in an order that can be continued: its state is small and speaks of consumed, not prefetched, batches.
+
+    One that counts the seconds its iteration has waited for data, in an attribute `waited_s`, finds them in the log.
+    """
 
     @property
     def skipped(self) -> Mapping[str, int]:

@@ -210,6 +210,7 @@ class Trainer(Generic[BatchT]):
         cfg, counters = self.cfg, self.counters
         start_s = time.perf_counter()
 
+        waited_s = self._waited_s
         self.optimizers.zero_grad()
         update = self._gather(batches)
         if update is None:
@@ -248,6 +249,7 @@ class Trainer(Generic[BatchT]):
             lr=cfg.optimizer.learning_rate * factor,
             samples_digest=samples_digest(update.sample_ids),
             skipped={**self.stream.skipped, **counters.skipped_updates},
+            data_wait=(self._waited_s - waited_s) / elapsed_s,
             parts={name: value / update.num_targets for name, value in update.parts.items()},
             failed_saves=counters.failed_saves,
             evaluation=self._evaluation(),
@@ -260,6 +262,10 @@ class Trainer(Generic[BatchT]):
                 f"look at the samples in {self.run.nonfinite.path if self.run else 'the last batches'}"
             )
         return record
+
+    @property
+    def _waited_s(self) -> float:
+        return getattr(self.stream, "waited_s", 0.0)
 
     def _gather(self, batches: Iterator[BatchT]) -> UpdateSum | None:
         """Run forward and backward over the batches of one step; fewer where the stream ends, None if it has ended."""

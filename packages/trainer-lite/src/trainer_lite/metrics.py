@@ -32,6 +32,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`interleave_data.samples_digest` of the ids in the order in which the model saw them."""
     skipped: dict[str, int]
     """Left out so far in this stage, by reason: samples, and whole updates (see `guards.LeftOut`)."""
+    data_wait: float = 0.0
+    """Share of this step's wall clock that went into waiting for data, if the stream counts it."""
     parts: dict[str, float] = {}
     """Further means from the model."""
     failed_saves: int = 0
@@ -50,6 +52,8 @@ def format_record(record: StepRecord, max_steps: int) -> str:
         f"grad {record.grad_norm:.3f}",
         f"{format_count(record.tokens_per_s)} tok/s",
     ]
+    if record.data_wait > 0:
+        cells.append(f"data {record.data_wait:.0%}")
     if record.skipped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(record.skipped.items()))
         cells.append(f"skipped {sum(record.skipped.values())} ({reasons})")
