@@ -162,10 +162,14 @@ class PackStream:
         """What has been consumed."""
         return dict(self._stream.state_dict())
 
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """How the data differ from those that a state was saved with, shard by shard."""
+        return self._stream.changes(state)
+
     def load_state_dict(self, state: dict[str, Any], *, accept_data_change: bool = False) -> None:
         """Continue from a saved state; with `accept_data_change` a source that has changed begins anew, and says so."""
-        for name in self._stream.load_state_dict(state, accept_data_change=accept_data_change):
-            say(f"{name}: has changed since the checkpoint, so it is read from its beginning")
+        for name, what in self._stream.load_state_dict(state, accept_data_change=accept_data_change).items():
+            say(f"{name}: is not as in the checkpoint ({what}), so it is read from its beginning")
 
 
 class CheckpointFiles:

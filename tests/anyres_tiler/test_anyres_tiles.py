@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import anyres_tiler.tiles
 from anyres_tiler import Tiles, TilingConfig, contact_sheet, fit_size, num_tiles, tile_image, untile
 
 
@@ -91,9 +93,7 @@ def test_base_pad_needs_no_square_canvas_of_a_long_image():
     assert (tiles.pixels[0, 0] == 255).sum() == 7
 
 
-@pytest.mark.parametrize("size_px", [(1, 1), (1, 100_000), (100_000, 1), (3000, 2), (2, 3000), (7, 7), (384, 385)])
-@pytest.mark.parametrize("kind", ["base", "anyres"])
-def test_any_size_keeps_a_pixel_a_side(size_px, kind):
+def check_a_pixel_is_kept(size_px: tuple[int, int], kind: Literal["base", "anyres"]) -> None:
     cfg = TilingConfig(kind=kind, tile_px=24)
     tiles = tile_image(Image.new("RGB", size_px, "white"), cfg)
     assert tiles.num_tiles == num_tiles(size_px, cfg) == tiles.pixels.shape[0]
@@ -104,6 +104,26 @@ def test_any_size_keeps_a_pixel_a_side(size_px, kind):
     valid = tiles.valid_patches(3)
     assert valid.shape == (tiles.num_tiles, 9)
     assert valid[int(tiles.thumbnail_first) :].any()
+
+
+@pytest.mark.parametrize("size_px", [(1, 1), (1, 100_000), (100_000, 1), (3000, 2), (2, 3000), (7, 7), (384, 385)])
+@pytest.mark.parametrize("kind", ["base", "anyres"])
+def test_any_size_keeps_a_pixel_a_side(size_px, kind):
+    """(T14)"""
+    check_a_pixel_is_kept(size_px, kind)
+
+
+@pytest.mark.parametrize("size_px", [(1, 100_000), (100_000, 1), (3000, 2)])
+def test_a_fit_that_rounds_a_side_to_nothing_shows(size_px, monkeypatch):
+    """(T14): the control."""
+
+    def rounded_down(size_px, box_px):
+        scale = min(box / size for box, size in zip(box_px, size_px, strict=True))
+        return int(size_px[0] * scale), int(size_px[1] * scale)
+
+    monkeypatch.setattr(anyres_tiler.tiles, "fit_size", rounded_down)
+    with pytest.raises((AssertionError, ValueError, RuntimeError, ZeroDivisionError)):
+        check_a_pixel_is_kept(size_px, "anyres")
 
 
 @given(st.integers(1, 80), st.integers(1, 80), st.sampled_from(["base", "anyres"]), st.sampled_from(["squash", "pad"]))
@@ -141,6 +161,7 @@ def test_valid_patches_by_hand():
 
 
 def test_valid_patches_of_a_tile_in_the_padding_are_all_false():
+    """(T14)"""
     # 1 × 300 on a canvas of 3 × 1 tiles: the image is one column in the middle tile.
     tiles = tile_image(Image.new("RGB", (1, 300)), TilingConfig(tile_px=9, grids=((3, 1),)))
     assert tiles.valid_patches(3).any(dim=1).tolist() == [True, False, True, False]

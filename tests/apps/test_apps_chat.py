@@ -114,6 +114,7 @@ def test_session_goes_on_after_bad_input(run_app, checkpoint: Path, picture: Pat
 
 
 def test_a_picture_above_the_limit_is_refused_before_it_is_read(session, tmp_path: Path) -> None:
+    """(T15): in chat, by the same gate"""
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(1 << 40)
     chat = session("e")

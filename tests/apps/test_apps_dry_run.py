@@ -201,6 +201,7 @@ def test_a_run_that_is_there_is_not_gone_on_with(train, toy_flags, llava_data: P
 
 
 def test_data_of_bad_samples_alone_ends_with_3(train, toy_flags, tmp_path: Path, capsys) -> None:
+    """(T12)"""
     talk = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "red"}]
     rows = [{"id": str(number), "image": "gone.png", "conversations": talk} for number in range(9)]
     Image.new("RGB", (8, 8)).save(tmp_path / "there.png")

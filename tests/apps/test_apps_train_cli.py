@@ -39,6 +39,7 @@ def _lines(folder: Path) -> list[dict]:
     ],
 )
 def test_a_mistake_is_named_with_exit_2(parse, tmp_path: Path, monkeypatch, capsys, arguments, hint) -> None:
+    """(T23)"""
     monkeypatch.chdir(tmp_path)
     _write_mistakes(tmp_path)
     with pytest.raises(SystemExit) as end:
@@ -50,8 +51,20 @@ def test_a_mistake_is_named_with_exit_2(parse, tmp_path: Path, monkeypatch, caps
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_same_flags_without_a_mistake_are_taken(parse, tmp_path: Path, monkeypatch) -> None:
+    """(T23): the control."""
+    monkeypatch.chdir(tmp_path)
+    _write_mistakes(tmp_path)
+    data = tmp_path / "data.toml"
+    data.write_text(data.read_text().replace("ratioo", "ratio"))
+    flags = ["--max-steps", "3", "--max-samples", "128", "--trains", "vision_tokenizer", "--data", "data.toml"]
+    stage = parse("sft", *flags).stage
+    assert (stage.train.max_steps, stage.max_samples, stage.trains) == (3, 128, ("vision_tokenizer",))
+
+
 @pytest.mark.parametrize("arguments", [["sft", "--max-stepss", "3"], ["sft", "--data", "data.toml"]])
 def test_a_mistake_is_told_before_torch_is_imported(run_app, tmp_path: Path, arguments) -> None:
+    """(T23)"""
     # A torch that cannot be imported stands before the real one: whoever imports it fails loudly.
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     _write_mistakes(tmp_path)
@@ -78,12 +91,14 @@ def test_help_lists_recipes_and_flags(run_app, tmp_path: Path) -> None:
 
 
 def test_a_missing_checkpoint_is_named_and_no_run_folder_is_made(train, tmp_path: Path, toy_flags, capsys) -> None:
+    """(T23)"""
     assert train("sft", "--init", "nowhere", *toy_flags) == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
 def test_stage_from_a_data_file_saves_config_and_a_model(run_app, tmp_path: Path, toy_flags, llava_data: Path) -> None:
+    """(T31): two fresh processes, each with a hash seed of its own"""
     done = run_app("train", ["sft", "--data", str(llava_data), "--out", "mine", *toy_flags], tmp_path)
     assert done.returncode == 0, done.stderr
     saved = json.loads((tmp_path / "mine/config.json").read_text())
@@ -136,6 +151,7 @@ def test_existing_run_folder_is_not_overwritten(train, toy_demo: Path, toy_flags
 def test_bad_samples_are_counted_and_fail_the_run_above_the_share(
     train, tmp_path: Path, toy_flags, llava_data: Path, capsys
 ) -> None:
+    """(T12): the control, the same data under other limits"""
     rows = json.loads((llava_data.parent / "train.json").read_text())
     rows[0]["image"] = "missing.png"
     rows[1]["conversations"][1]["value"] = " "

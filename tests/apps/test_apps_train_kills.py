@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def killed(
 def test_the_same_command_after_each_kill_ends_as_if_there_had_been_none(
     repo_root: Path, tmp_path: Path, command: list[str], kills: list[str], seed: int
 ) -> None:
+    """(T1, T29): kills in steps, in saves, and in the start-up; controls: tests/trainer_lite/test_trainer_kills.py."""
     if len(kills) > 5:
         command += ["--max-steps", "200"]
     attempts = killed(repo_root, tmp_path, command, kills, seed)
@@ -76,11 +78,43 @@ def test_the_same_command_after_each_kill_ends_as_if_there_had_been_none(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.parametrize("is_forgetful", [False, True])
+def test_the_embedded_world_goes_on_where_it_was(train, parse, monkeypatch, tiny_processor, is_forgetful: bool) -> None:
+    """(T2, T8): packs of two sources with their pictures; the control forgets what waits to be packed."""
+    import train_stages
+    from interleave_data import Packer
+    from train_stages import make_stream
+    from train_world import stage_data
+
+    monkeypatch.setattr(train_stages, "_LOOK_AHEAD", 6)
+    stage = parse("interleaved", "--max-samples", "3").stage
+    data = stage_data("interleaved", 4, seed=1)
+
+    def stream(state: dict | None = None):
+        made = make_stream(stage, data, tiny_processor, None, seed=1)
+        if state is not None:
+            made.load_state_dict(json.loads(json.dumps(state)))
+        return made
+
+    whole = [(batch.sample_ids, batch.ids.tolist()) for batch in islice(stream(), 5)]
+    if is_forgetful:
+        load = Packer.load_state_dict
+        monkeypatch.setattr(
+            Packer, "load_state_dict", lambda self, state, make: load(self, {**state, "waiting": []}, make)
+        )
+    resumed, state = [], None
+    for count in (1, 0, 2, 2):
+        made = stream(state)
+        resumed += [(batch.sample_ids, batch.ids.tolist()) for batch in islice(made, count)]
+        state = made.state_dict()
+    assert (resumed == whole) is not is_forgetful
+
+
 @pytest.mark.nightly
 def test_two_thousand_steps_with_kills_bad_samples_and_changing_workers_end_in_the_same_weights(
     repo_root: Path, tmp_path: Path, toy_flags, llava_data: Path
 ) -> None:
-    """T32: one sample of 200 is bad; the workers change at each of thirty kills."""
+    """(T32): one sample of 200 is bad; the workers change at each of thirty kills."""
     rows = json.loads((llava_data.parent / "train.json").read_text())
     many = [{**rows[index % len(rows)], "id": f"q{index}"} for index in range(200)]
     many[77]["image"] = "nowhere.png"
@@ -124,6 +158,7 @@ def signal_at(monkeypatch, step: int, *numbers: int) -> None:
 def test_sigterm_saves_exits_143_and_the_run_goes_on(
     train, tmp_path: Path, command: list[str], monkeypatch, capsys
 ) -> None:
+    """(T29)"""
     command += ["--max-steps", "6", "--checkpoint-every", "4"]
     assert train(*command, "--out", "whole") == 0
     with monkeypatch.context() as patched:
@@ -144,6 +179,7 @@ def test_sigterm_saves_exits_143_and_the_run_goes_on(
 def test_resume_auto_passes_over_what_is_damaged_and_a_named_one_is_taken(
     train, tmp_path: Path, command: list[str], capsys
 ) -> None:
+    """(T4)"""
     command += ["--max-steps", "4", "--checkpoint-every", "1", "--out", "mine"]
     assert train(*command, "--resume", "auto", "--keep-last", "9") == 0
     whole = course(tmp_path / "mine")
@@ -164,9 +200,34 @@ def test_resume_auto_passes_over_what_is_damaged_and_a_named_one_is_taken(
         assert hint in capsys.readouterr().err
 
 
+def test_a_shard_that_changed_is_named_and_its_source_begins_anew_by_a_flag(
+    train, tmp_path: Path, toy_flags, llava_data: Path, monkeypatch, capsys
+) -> None:
+    """(T7)"""
+    rows = json.loads((llava_data.parent / "train.json").read_text())
+    shards = {"0.jsonl": rows[:3], "1.jsonl": rows[3:6], "2.jsonl": rows[6:]}
+    for name, part in shards.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    source = '[[sources]]\nname = "toy"\nformat = "llava-json"\npath = "*.jsonl"\n'
+    (tmp_path / "data.toml").write_text(f'{source}image_root = "{llava_data.parent}"\n')
+    command = ["sft", "--data", "data.toml", "--out", "mine", *toy_flags, "--max-steps", "4", "--max-samples", "2"]
+    with monkeypatch.context() as patched:
+        signal_at(patched, 2, signal.SIGTERM)
+        assert train(*command) == 143
+    (tmp_path / "1.jsonl").unlink()
+    capsys.readouterr()
+    assert train(*command, "--resume") == 2
+    assert "got data: toy (removed: 1.jsonl); restore them or accept" in capsys.readouterr().err
+    assert train(*command, "--resume", "--accept-data-change") == 0
+    said = capsys.readouterr().err
+    assert "toy: is not as in the checkpoint (removed: 1.jsonl), so it is read from its beginning" in said
+    assert [step for step, *_ in course(tmp_path / "mine")] == [1, 2, 3, 4]
+
+
 def test_full_disk_has_status_4_and_too_many_steps_that_are_not_finite_5(
     train, tmp_path: Path, command: list[str], monkeypatch, capsys
 ) -> None:
+    """(T3, T20): the statuses; the rest is in tests/trainer_lite/test_trainer_saves.py and test_trainer_loop.py."""
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -57,6 +57,8 @@ def test_round_trip_gives_equal_tensors_ids_and_hidden_states(saved, tiny_model,
 
 
 def test_missing_extra_and_misshaped_tensors_are_all_listed(saved) -> None:
+    """(T24)"""
+
     def change(tensors):
         del tensors["vision_tokenizer.latents"]
         tensors["lang_model.surprise"] = torch.zeros(1)

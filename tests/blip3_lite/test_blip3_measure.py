@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from blip3_lite import EncodedSample, Processor
+from blip3_lite import EncodedSample, Processor, collate
 from interleave_data import ImagePart, PreferenceSample, Sample, Size, SkipReason, SkipSample, TextPart, Turn
 
 ANY = 1 << 30
@@ -107,8 +107,8 @@ def chat(*parts, answer="red") -> Sample:
 
 
 @pytest.mark.parametrize("times", [1, 10])
-def test_a_sample_beyond_the_window_is_cut_at_its_end(tiny_processor, times):
-    # Test T18: longer than the window by one, and ten times as long.
+def test_a_sample_beyond_the_window_is_cut_at_its_end(tiny_model, tiny_processor, times):
+    """(T18): longer than the window by one, and ten times as long."""
     sample = Sample("d", "t", (Turn("document", (picture((16, 16)), TextPart("red blue green " * 40))),))
     whole = tiny_processor.encode(sample)
     limit = Size(whole.length - 1 if times == 1 else whole.length // 10, ANY)
@@ -118,32 +118,75 @@ def test_a_sample_beyond_the_window_is_cut_at_its_end(tiny_processor, times):
     # The token behind the cut is not there to be learnt; all others are.
     assert cut.targets[-1] == -100
     assert cut.num_targets == limit.tokens - len(cut.image_index)
+    assert tiny_model.loss_sum(collate([cut])).isfinite()
+
+
+@pytest.mark.parametrize("size_px", [(1, 1), (1, 100_000), (100_000, 1), (3000, 2)])
+def test_a_sliver_takes_what_was_told_and_is_finite(tiny_model, tiny_processor, size_px):
+    """(T14): the control of what was told is `measure` of another shape."""
+    sample, other = (chat(picture(size), TextPart("what?")) for size in (size_px, (16, 40)))
+    encoded = tiny_processor.encode(sample)
+    assert tiny_processor.measure(sample) == (encoded.length, len(encoded.tiles))
+    assert tiny_processor.cfg.num_image_tokens(len(encoded.tiles)) == len(encoded.image_index)
+    assert tiny_processor.measure(sample) != tiny_processor.measure(other) or size_px == (1, 1)
+    with torch.no_grad():
+        assert tiny_model(collate([encoded])).isfinite().all()
+        assert tiny_model.loss_sum(collate([encoded])).isfinite()
+
+
+def check_no_image_is_cut(processor: Processor) -> None:
+    parts = (TextPart("red red"), picture((16, 16)), TextPart("blue"), picture((40, 16)), TextPart("green"))
+    sample = Sample("d", "t", (Turn("document", parts),))
+    whole = processor.encode(sample)
+    # 16 × 16 fits 1 × 2, so three tiles of three latents; 40 × 16 fits 3 × 1, so four.
+    first, second = (int(whole.image_index[start]) for start in (0, 9))
+    for tokens in range(second, second + 12):
+        cut = processor.encode(sample, Size(tokens, ANY))
+        assert (cut.length, cut.tiles_per_image) == (second, (3,))
+    whole_second = processor.encode(sample, Size(second + 12, ANY))
+    assert (whole_second.length, whole_second.tiles_per_image) == (second + 12, (3, 4))
+    # The same border where tiles run out; without a tile, what is before the first image is left.
+    assert processor.encode(sample, Size(ANY, 6)).length == second
+    assert processor.encode(sample, Size(ANY, 2)).length == first
+
+
+def check_two_hundred_images(processor: Processor) -> None:
+    parts = tuple(part for _ in range(200) for part in (TextPart("red"), picture((16, 16))))
+    sample = Sample("d", "t", (Turn("document", parts),))
+    assert processor.measure(sample).tiles == 600
+    cut = processor.encode(sample, Size(ANY, 32))
+    assert (len(cut.tiles), len(cut.tiles_per_image)) == (30, 10)
+    assert cut.length == int(processor.encode(sample).image_index[90])
 
 
 def test_an_image_at_the_cut_goes_with_everything_behind_it(tiny_processor):
-    parts = (TextPart("red red"), picture((16, 16)), TextPart("blue"), picture((40, 16)), TextPart("green"))
-    sample = Sample("d", "t", (Turn("document", parts),))
-    whole = tiny_processor.encode(sample)
-    # 16 × 16 fits 1 × 2, so three tiles of three latents; 40 × 16 fits 3 × 1, so four.
-    first, second = (whole.image_index[start : start + 1].item() for start in (0, 9))
-    for tokens in range(second, second + 12):
-        cut = tiny_processor.encode(sample, Size(tokens, ANY))
-        assert (cut.length, cut.tiles_per_image) == (second, (3,))
-    whole_second = tiny_processor.encode(sample, Size(second + 12, ANY))
-    assert (whole_second.length, whole_second.tiles_per_image) == (second + 12, (3, 4))
-    # The same border where tiles run out; without a tile, what is before the first image is left.
-    assert tiny_processor.encode(sample, Size(ANY, 6)).length == second
-    assert tiny_processor.encode(sample, Size(ANY, 2)).length == first
+    """(T18, T16)"""
+    check_no_image_is_cut(tiny_processor)
 
 
 def test_of_two_hundred_images_as_many_are_kept_as_tiles_allow(tiny_processor):
-    # Test T16.
-    parts = tuple(part for _ in range(200) for part in (TextPart("red"), picture((16, 16))))
-    sample = Sample("d", "t", (Turn("document", parts),))
-    assert tiny_processor.measure(sample).tiles == 600
-    cut = tiny_processor.encode(sample, Size(ANY, 32))
-    assert (len(cut.tiles), len(cut.tiles_per_image)) == (30, 10)
-    assert cut.length == int(tiny_processor.encode(sample).image_index[90])
+    """(T16): that the cut is counted is in tests/interleave_data/test_data_stream.py, `check_too_long_is_counted`."""
+    check_two_hundred_images(tiny_processor)
+
+
+def test_a_cut_within_an_image_or_beyond_the_tiles_shows(tiny_processor, monkeypatch):
+    """(T16, T18): the controls, a processor that cuts where the tokens end, and one that takes no heed of tiles."""
+    cut = Processor._cut
+
+    def at_the_token(self, encoded, counts, limit) -> tuple[int, int]:
+        return limit.tokens, cut(self, encoded, counts, limit)[1]
+
+    def whatever_the_tiles(self, encoded, counts, limit) -> tuple[int, int]:
+        return cut(self, encoded, counts, Size(limit.tokens, ANY))
+
+    for broken, checks in (
+        (at_the_token, [check_no_image_is_cut]),
+        (whatever_the_tiles, [check_no_image_is_cut, check_two_hundred_images]),
+    ):
+        monkeypatch.setattr(Processor, "_cut", broken)
+        for check in checks:
+            with pytest.raises(AssertionError):
+                check(tiny_processor)
 
 
 def test_an_answer_that_is_cut_away_leaves_nothing_to_learn(tiny_processor):

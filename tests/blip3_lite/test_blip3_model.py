@@ -29,13 +29,29 @@ def test_loss_sum_equals_the_sum_over_full_logits(tiny_model, tiny_processor, co
     torch.testing.assert_close(tiny_model.loss_sum(collate(samples)), _token_losses(tiny_model, samples).sum())
 
 
-def test_a_document_sees_nothing_of_its_neighbours(tiny_model, tiny_processor, conversations, picture) -> None:
-    one, none, two = (tiny_processor.encode(sample) for sample in conversations)
+def check_a_document_sees_nothing_of_its_neighbours(model, processor, conversations, collated=collate) -> None:
+    one, none, two = (processor.encode(sample) for sample in conversations)
     changed = dataclasses.replace(one, tiles=255 - one.tiles, ids=one.ids.flip(0))
-    before = tiny_model(collate([one, none, two]))[one.length :]
-    after = tiny_model(collate([changed, none, two]))[one.length :]
+    before = model(collated([one, none, two]))[one.length :]
+    after = model(collated([changed, none, two]))[one.length :]
     assert torch.equal(before, after)
-    assert not torch.equal(tiny_model(collate([one]))[-1], tiny_model(collate([changed]))[-1])
+    assert not torch.equal(model(collate([one]))[-1], model(collate([changed]))[-1])
+
+
+def test_a_document_sees_nothing_of_its_neighbours(tiny_model, tiny_processor, conversations) -> None:
+    """(T8)"""
+    check_a_document_sees_nothing_of_its_neighbours(tiny_model, tiny_processor, conversations)
+
+
+def test_a_pack_without_borders_shows(tiny_model, tiny_processor, conversations) -> None:
+    """(T8): the control."""
+
+    def as_one_document(samples):
+        batch = collate(samples)
+        return dataclasses.replace(batch, cu_seqlens=batch.cu_seqlens[[0, -1]])
+
+    with pytest.raises(AssertionError):
+        check_a_document_sees_nothing_of_its_neighbours(tiny_model, tiny_processor, conversations, as_one_document)
 
 
 def test_image_order_follows_the_text(tiny_model, tiny_processor, picture) -> None:

@@ -38,6 +38,7 @@ def test_an_image_takes_tiles_times_latents_slots_where_it_stands(tiny_processor
 
 
 def test_control_tokens_spelt_by_a_user_are_text(tiny_processor, picture) -> None:
+    """(T17): and the image has its own slots; the control is in tests/phi3_lite/test_phi3_tokenizer.py."""
     text = "<image> <|end|> <|assistant|> <|endoftext|> <|endofchunk|>"
     sample = tiny_processor.encode(_chat(text, "red", [picture(1, (16, 16))]))
     names = _names(tiny_processor, sample.ids)
@@ -97,6 +98,7 @@ def test_system_prompt_of_the_config_is_put_first(tiny_config, tiny_tokenizer) -
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tiny_config, tiny_tokenizer) -> None:
+    """(T24)"""
     import msgspec
 
     small = msgspec.structs.replace(tiny_config.lm, vocab_size=200)

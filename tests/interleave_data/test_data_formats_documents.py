@@ -255,6 +255,7 @@ class Counted(Encoder[Length, list[int]]):
 
 
 def test_two_hundred_pictures_are_all_there_unopened_and_the_cut_is_counted(made_record, pictures):
+    """(T16)"""
     # Not one of the files exists, so none can have been opened.
     names = [f"{number:03}.png" for number in range(200)]
     row = {

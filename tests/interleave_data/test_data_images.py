@@ -67,6 +67,7 @@ def test_every_allowed_format_is_read(fmt, options):
 
 @pytest.mark.parametrize("mode", ["P", "L", "1", "CMYK", "YCbCr", "RGBA", "LA"])
 def test_opaque_modes_come_out_as_rgb(mode):
+    """(T11)"""
     image = blocks()
     if mode in ("L", "1", "LA"):
         image = Image.merge("RGB", [image.convert("1" if mode == "1" else "L").convert("L")] * 3)
@@ -80,11 +81,13 @@ def test_opaque_modes_come_out_as_rgb(mode):
 
 
 def test_cmyk_jpeg_is_not_inverted():
+    """(T11)"""
     decoded = open_image(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
     assert np.abs(np.asarray(decoded)[8, 8].astype(int) - [255, 0, 0]).max() <= 3
 
 
 def test_transparency_lies_on_white():
+    """(T11)"""
     image = Image.new("RGBA", (3, 1))
     image.putdata([(255, 0, 0, 255), (255, 0, 0, 0), (0, 0, 0, 51)])
     assert np.asarray(open_image(encode(image, "PNG")))[0].tolist() == [[255, 0, 0], [255, 255, 255], [204, 204, 204]]
@@ -93,6 +96,7 @@ def test_transparency_lies_on_white():
 
 
 def test_palette_transparency_lies_on_white():
+    """(T11)"""
     image = Image.new("P", (3, 1))
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     image.putdata([0, 1, 2])
@@ -109,6 +113,7 @@ def test_colour_key_transparency_lies_on_white():
 
 
 def test_16_bit_grey_is_scaled():
+    """(T11)"""
     values = np.array([[0, 128, 129, 257, 32896, 65534, 65535]], dtype=np.uint16)
     for fmt in ("PNG", "TIFF"):
         decoded = np.asarray(open_image(encode(Image.fromarray(values), fmt)))
@@ -123,6 +128,7 @@ def test_32_bit_values_have_no_known_white():
 
 @pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG"])
 def test_animation_gives_its_first_frame(fmt):
+    """(T11)"""
     first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     options = {"lossless": True} if fmt == "WEBP" else {}
     data = encode(first, fmt, save_all=True, append_images=[second], **options)
@@ -144,6 +150,7 @@ STORED_FROM_UPRIGHT = {
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "TIFF"])
 def test_camera_orientation_is_applied(orientation, fmt):
+    """(T11)"""
     method = STORED_FROM_UPRIGHT[orientation]
     stored = blocks() if method is None else blocks().transpose(method)
     exif = Image.Exif()
@@ -152,9 +159,28 @@ def test_camera_orientation_is_applied(orientation, fmt):
     assert_shows_blocks(open_image(encode(stored, fmt, exif=exif, **options)))
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_decoder_without_the_gates_care_shows(orientation):
+    """(T11): the controls, Pillow's plain reading of the same files."""
+    method = STORED_FROM_UPRIGHT[orientation]
+    assert method is not None
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(blocks().transpose(method), "PNG", exif=exif)
+    with pytest.raises(AssertionError):
+        assert_shows_blocks(Image.open(BytesIO(data)).convert("RGB"))
+    # Transparent and 16-bit pixels.
+    clear = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
+    assert Image.open(BytesIO(encode(clear, "PNG"))).convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(encode(clear, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    grey = Image.fromarray(np.array([[32896]], dtype=np.uint16))
+    assert Image.open(BytesIO(encode(grey, "PNG"))).convert("L").getpixel((0, 0)) != 128
+
+
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
 def test_cut_file_is_skipped(fmt, share):
+    """(T11)"""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encode(noise, fmt)
     expected = {SkipReason.BROKEN_IMAGE, SkipReason.NOT_AN_IMAGE}
@@ -162,6 +188,7 @@ def test_cut_file_is_skipped(fmt, share):
 
 
 def test_no_bytes_and_other_bytes():
+    """(T11)"""
     assert reason_of(b"") == SkipReason.EMPTY_FILE
     assert reason_of(b"<!DOCTYPE html><html>404</html>") == SkipReason.NOT_AN_IMAGE
     assert reason_of(b"\xff\xd8") == SkipReason.NOT_AN_IMAGE
@@ -175,6 +202,7 @@ def test_formats_outside_the_list_are_not_decoded():
 
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (13_000, 13_000), (8_000, 8_000), (50_000_001, 1)])
 def test_bomb_is_refused_on_its_header(width, height, monkeypatch):
+    """(T15): the control is the trap"""
     data = png(width, height)
     open_image(encode(blocks(), "PNG"))
 
@@ -199,6 +227,7 @@ def test_limits_are_inclusive():
 
 
 def test_header_larger_than_its_pixels_is_broken():
+    """(T15)"""
     assert reason_of(png(2000, 2000)) == SkipReason.BROKEN_IMAGE
 
 
@@ -208,6 +237,7 @@ def test_slivers_pass(size):
 
 
 def test_damaged_bytes_give_a_picture_or_a_skip_and_nothing_else():
+    """(T11)"""
     rng = random.Random(0)
     files = [encode(blocks(), fmt) for fmt in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")]
     files.append(encode(blocks().convert("P"), "PNG", transparency=1))
@@ -243,6 +273,7 @@ def test_part_reads_bytes_calls_and_missing_files(tmp_path):
 
 
 def test_part_refuses_a_large_file_before_reading_it(tmp_path):
+    """(T15)"""
     path = tmp_path / "huge.jpg"
     with path.open("wb") as file:
         file.truncate(1 << 40)

@@ -1,22 +1,31 @@
 import json
 import os
+from contextlib import nullcontext
 from io import BytesIO
 
 import pytest
 from PIL import Image
 
 from interleave_data import (
+    Encoder,
+    FileBytes,
     ImagePart,
     InMemory,
+    PlanConfig,
     PreferenceSample,
     RecordSource,
     Sample,
     ShardError,
+    Size,
+    SkipCounter,
+    SkipLimits,
     SkipReason,
     SkipSample,
     Source,
     SourceConfig,
+    Stream,
     TextPart,
+    TooManySkips,
     Turn,
     open_source,
     samples_digest,
@@ -111,6 +120,7 @@ def test_llava_several_images_in_reading_order(root):
     [("What?", ["a.png", "b.png"]), ("<image>?", ["a.png", "b.png"]), ("<image><image><image>", ["a.png", "b.png"])],
 )
 def test_llava_marks_other_than_images_are_skipped(root, question, images):
+    """(T17): none, fewer, more"""
     assert skip_of(llava(root, talk(question, "Yes.", image=images))).reason == SkipReason.IMAGE_MARKS
 
 
@@ -176,6 +186,7 @@ def test_llava_bad_records_are_skipped_with_a_reason(root, record, reason):
 
 
 def test_paths_may_not_leave_the_root(root):
+    """(T25)"""
     os.symlink(root.parent / "outside.png", root / "link.png")
     (root.parent / "images-private").mkdir()
     for path in [str(root / "a.png"), "link.png", "../images-private/x.png", "sub/../../outside.png"]:
@@ -184,9 +195,76 @@ def test_paths_may_not_leave_the_root(root):
     assert path_inside(str(root), "sub/../a.png") == os.path.realpath(root / "a.png")
     with pytest.raises(SkipSample, match="path_refused"):
         path_inside("/", "/etc/passwd")
+    # The control: a check by the first letters of the path lets the neighbour in.
+    assert os.path.realpath(root / "../images-private/x.png").startswith(os.path.realpath(root))
+
+
+@pytest.mark.parametrize(
+    ("picture", "reason"),
+    [
+        ("absent.png", "unreadable_file"),
+        ("s3://bucket/a.png", "unreadable_file"),
+        ("coco/train2017/a.png", "unreadable_file"),
+        ("locked.png", "unreadable_file"),
+        ("/a.png", "path_refused"),
+        # The control: the same record with a picture that is there.
+        ("b.png", None),
+    ],
+)
+def test_pictures_that_cannot_be_had_are_counted_by_reason_and_end_a_run(root, monkeypatch, picture, reason):
+    """(T12): missing, of an unknown prefix, not permitted; that the status is 3 is in test_apps_train_cli.py."""
+
+    read = FileBytes.__call__
+
+    def refuse(path: FileBytes) -> bytes:
+        if path.path.endswith("locked.png"):
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    # To root everything is permitted.
+    monkeypatch.setattr(FileBytes, "__call__", refuse)
+    for name in ("locked.png", "b.png"):
+        (root / name).write_bytes((root / "a.png").read_bytes())
+    records = [talk("What?", "Dot.", image="a.png"), talk("What?", "Dot.", image=picture)]
+
+    def epochs(limits: SkipLimits, count: int) -> SkipCounter:
+        skips = SkipCounter(limits)
+        plan = PlanConfig(max_tokens=2, epochs=(count,))
+        list(Stream([llava(root, *records)], Decoding(), plan, skips=skips))
+        return skips
+
+    skips = epochs(SkipLimits(max_share=1.0), 2)
+    assert skips.by_reason() == ({} if reason is None else {reason: 2})
+    assert skips.num_seen("chat") == 4
+    with (
+        pytest.raises(TooManySkips, match=f"expected at most 1.00% bad samples, got 1 .*{reason}")
+        if reason
+        else (nullcontext())
+    ):
+        epochs(SkipLimits(min_seen=1), 1)
+    records[0] = records[1]
+    with pytest.raises(TooManySkips, match=f"bad samples in a row, got 100 .*{reason}") if reason else nullcontext():
+        epochs(SkipLimits(max_share=1.0), 51)
+
+
+class Decoding(Encoder):
+    """One token a sample; pictures are decoded."""
+
+    length = 1
+
+    def measure(self, sample, limit=None, /) -> Size:
+        return Size(1, 1)
+
+    def encode(self, sample, limit=None, /):
+        assert [image.decode().mode for image in sample.images()] == ["RGB"]
+        return self
+
+    def collate(self, items, ids, /) -> None:
+        return None
 
 
 def test_missing_picture_is_noticed_when_it_is_read(root):
+    """(T12)"""
     sample = llava(root, talk("What?", "Dot.", image="absent.png"))[0]
     with pytest.raises(SkipSample, match=r"unreadable_file.*absent\.png"):
         sample.images()[0].decode()

@@ -87,6 +87,7 @@ def test_captions(real, caption):
 
 
 def test_photos_pass_the_gate_upright_and_opaque(shared_data):
+    """(T11)"""
     for line in (shared_data / "photos" / "photos.jsonl").read_text().splitlines():
         record = json.loads(line)
         if record["width"] * record["height"] > 2_600_000:
@@ -130,6 +131,7 @@ class Rough(Encoder[Encoded, None]):
 
 
 def test_real_sources_mixed_packed_and_continued(real):
+    """(T2, T8): on real data"""
     cfg = PlanConfig(ratios=(2, 1, 3), max_tokens=4096, look_ahead=12)
 
     def stream():

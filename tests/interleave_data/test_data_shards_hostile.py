@@ -56,6 +56,7 @@ NAMES = [
 
 @pytest.mark.parametrize("fmt", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_are_data_and_nothing_is_written(tmp_path, shard, fmt):
+    """(T25)"""
     with tarfile.open(shard, "w", format=fmt) as tar:
         for name in NAMES:
             info = tarfile.TarInfo(f"{name}.txt")
@@ -85,6 +86,7 @@ def test_names_are_data_and_nothing_is_written(tmp_path, shard, fmt):
 
 
 def test_links_devices_pipes_and_folders_are_passed_over(shard):
+    """(T25)"""
     odd = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
     shard.write_bytes(
         b"".join(header(f"{place}.txt", kind, link="/etc/passwd") for place, kind in enumerate(odd))
@@ -95,6 +97,7 @@ def test_links_devices_pipes_and_folders_are_passed_over(shard):
 
 
 def test_a_member_that_claims_a_terabyte_is_an_error(shard):
+    """(T25)"""
     for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, b"Z"):
         shard.write_bytes(member("0.txt", b"t") + header("1.txt", kind, 1 << 40) + bytes(4096))
         with pytest.raises(ShardError, match=r"0\.tar: expected a whole tar archive, got 1 members up to byte 1024"):
@@ -102,6 +105,7 @@ def test_a_member_that_claims_a_terabyte_is_an_error(shard):
 
 
 def test_a_terabyte_of_holes_is_neither_read_nor_shown(shard):
+    """(T25)"""
     size = 1 << 40
     with shard.open("wb") as file:
         file.write(header("0.jpg", size=size))
@@ -115,6 +119,7 @@ def test_a_terabyte_of_holes_is_neither_read_nor_shown(shard):
 
 
 def test_sparse_member_is_passed_over(shard):
+    """(T25)"""
     sparse = bytearray(header("0.txt", tarfile.GNUTYPE_SPARSE, 512))
     sparse[386:410] = b"00000000000\0" + b"00000001000\0"
     sparse[483:495] = b"77777777777\0"  # its real size
@@ -176,6 +181,7 @@ print(len(shard), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) 
     ("num_members", "most_mb"), [(3_000, 6), pytest.param(100_000, 100, marks=pytest.mark.nightly)]
 )
 def test_many_members_fit_in_little_memory(tmp_path, shard, num_members, most_mb):
+    """(T25)"""
     one = bytearray(member("00000.txt", b"t") + member("00000.bmp", b""))
     with shard.open("wb") as file:
         for n in range(num_members // 2):

@@ -290,6 +290,7 @@ def test_shard_of_another_size_than_indexed_is_refused_by_name_and_counts(tmp_pa
 
 
 def test_tar_cut_anywhere_is_never_silent(tmp_path):
+    """(T9)"""
     path = pair_shard(tmp_path / "0.tar", 12)
     pairs([path])
     whole = path.read_bytes()
@@ -306,6 +307,7 @@ def test_tar_cut_anywhere_is_never_silent(tmp_path):
 
 
 def test_fingerprint_tells_what_happened_to_the_shards(tmp_path):
+    """(T7)"""
     paths = [pair_shard(tmp_path / f"{n}.tar", seed=10 * n) for n in range(3)]
     before = pairs(paths)
     assert pairs(paths).fingerprint == before.fingerprint

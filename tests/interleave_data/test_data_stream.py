@@ -1,7 +1,7 @@
 import json
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -10,6 +10,8 @@ import pytest
 from interleave_data import (
     Encoder,
     InMemory,
+    Packer,
+    Plan,
     PlanConfig,
     Sample,
     Size,
@@ -99,14 +101,19 @@ def test_batches_hold_whole_samples_within_the_budget():
         assert batch.digest == samples_digest(batch.ids)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("group_by_length", [False, True])
-def test_ranks_together_see_every_good_sample_once_an_epoch(num_ranks, group_by_length):
-    # Test T28.
+class Pictured(Letters):
+    """Two of three samples have pictures, of one tile or two."""
+
+    def measure(self, sample, limit=None, /) -> Size:
+        return super().measure(sample, limit)._replace(tiles=int(sample.id) % 3)
+
+
+def check_union_of_ranks(num_ranks: int, group_by_length: bool) -> None:
+    options = {"ratios": None, "epochs": (3, 3), "max_tiles": 4, "group_by_length": group_by_length}
     seen, rounds, num_empty = [], [], 0
     for rank in range(num_ranks):
-        data = stream(ranks=(rank, num_ranks), ratios=None, epochs=(3, 3), group_by_length=group_by_length)
-        batches = list(data)
+        batches = list(stream(Pictured(), ranks=(rank, num_ranks), **options))
+        assert 0 < max(batch.num_tiles for batch in batches) <= 4
         rounds.append(len(batches))
         seen += [name for batch in batches for name in batch.ids]
         num_empty += sum(not batch.ids for batch in batches)
@@ -117,6 +124,26 @@ def test_ranks_together_see_every_good_sample_once_an_epoch(num_ranks, group_by_
     # In step, which takes packs of nothing: to leave the last round out would lose what else is in it.
     assert len(set(rounds)) == 1
     assert (num_empty > 0) == (num_ranks == 8) or num_ranks in (2, 4)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_ranks_together_see_every_good_sample_once_an_epoch(num_ranks, group_by_length):
+    """(T28)"""
+    check_union_of_ranks(num_ranks, group_by_length)
+
+
+def test_ranks_that_leave_the_last_round_out_show(monkeypatch):
+    """(T28): the control, as samplers do that drop what does not fill a round."""
+    next_round = Plan.next_round
+
+    def full_rounds(self, num_ranks):
+        packs = next_round(self, num_ranks)
+        return packs if all(pack.entries or pack.holes for pack in packs) else []
+
+    monkeypatch.setattr(Plan, "next_round", full_rounds)
+    with pytest.raises(AssertionError, match=r"^assert .'long/0'"):
+        check_union_of_ranks(8, False)
 
 
 def test_packs_do_not_depend_on_the_number_of_ranks():
@@ -153,6 +180,7 @@ def test_same_seed_same_stream_and_other_seed_other_stream():
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 7, 19])
 def test_stream_continues_exactly_from_its_state(cut):
+    """(T2)"""
     whole = stream()
     expected = [(outline(batch), whole.skips.table()) for batch in islice(whole, 40)]
     before = stream()
@@ -168,6 +196,7 @@ def test_stream_continues_exactly_from_its_state(cut):
 
 
 def test_state_survives_two_cuts_and_saving_at_once():
+    """(T2): again and again within an epoch, each time saved at once"""
     whole = [outline(batch) for batch in islice(stream(), 12)]
     got, state = [], stream().state_dict()
     for _ in range(12):
@@ -179,6 +208,43 @@ def test_state_survives_two_cuts_and_saving_at_once():
     assert got == whole
 
 
+def all_good(**options) -> Stream:
+    """A stream of three good samples, one at a time, so that an epoch ends where a batch does."""
+    return stream(
+        sources=[source("few", 3)], **({"ratios": None, "epochs": (3,), "look_ahead": 1, "max_samples": 1} | options)
+    )
+
+
+@pytest.mark.parametrize("save_at_once", [False, True])
+def test_state_at_the_very_end_of_an_epoch_goes_on_with_the_next(save_at_once):
+    """(T2): twice, and at the end of the last one, behind which nothing comes and nothing begins anew."""
+    whole = [batch.ids for batch in all_good()]
+    before, ends = all_good(), []
+    for cut in range(10):
+        ends.append(before.epochs()["few"])
+        after = all_good()
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        if save_at_once:
+            state, after = after.state_dict(), all_good()
+            after.load_state_dict(json.loads(json.dumps(state)))
+        assert [batch.ids for batch in after] == whole[cut:]
+        list(islice(before, 1))
+    assert len(whole) == 9
+    assert {1.0, 2.0, 3.0} < set(ends)
+
+
+def test_a_sampler_that_forgets_the_epoch_shows():
+    """(T2): the control, a place within the epoch without the epoch."""
+    whole = [batch.ids for batch in all_good()]
+    before, after = all_good(), all_good()
+    list(islice(before, 3))
+    state: Any = json.loads(json.dumps(before.state_dict()))
+    assert state["plan"]["mixture"]["drawn"] == [3]
+    state["plan"]["mixture"]["drawn"] = [3 % 3]
+    after.load_state_dict(state)
+    assert [batch.ids for batch in after] != whole[3:]
+
+
 def test_state_is_small():
     data = stream()
     for _ in range(60):
@@ -188,6 +254,7 @@ def test_state_is_small():
 
 @pytest.mark.parametrize("forgotten", ["packer", "mixture"])
 def test_a_state_with_a_part_left_out_does_not_continue_the_stream(forgotten):
+    """(T1, T2): the controls"""
     # The comparison above must be able to fail.
     whole = [outline(batch) for batch in islice(stream(), 20)]
     before, after = stream(), stream()
@@ -200,21 +267,32 @@ def test_a_state_with_a_part_left_out_does_not_continue_the_stream(forgotten):
     assert [outline(batch) for batch in islice(after, 15)] != whole[5:]
 
 
-def test_packing_resumed_at_random_steps_sees_the_same_samples():
-    # Test T8.
+def check_same_samples_when_resumed() -> None:
     rng = random.Random(3)
     whole = Counter(name for batch in stream(epochs=(4, 4)) for name in batch.ids)
-    data, seen = stream(epochs=(4, 4)), Counter()
-    for batch in data:
+    data, seen, num_waited = stream(epochs=(4, 4)), Counter(), 0
+    while (batch := next(data, None)) is not None:
         seen.update(batch.ids)
         if rng.random() < 0.4:
             state = json.loads(json.dumps(data.state_dict()))
+            num_waited += len(state["plan"]["packer"]["waiting"])
             data = stream(epochs=(4, 4))
             data.load_state_dict(state)
-            seen.update(name for batch in islice(data, rng.randint(0, 3)) for name in batch.ids)
-            break
-    seen.update(name for batch in data for name in batch.ids)
+    assert num_waited > 10
     assert seen == whole
+
+
+def test_packing_resumed_at_random_steps_sees_the_same_samples():
+    """(T8): no sample is lost or doubled; that documents do not see each other is in test_blip3_model.py."""
+    check_same_samples_when_resumed()
+
+
+def test_a_packer_that_forgets_what_waits_shows(monkeypatch):
+    """(T8): the control."""
+    load = Packer.load_state_dict
+    monkeypatch.setattr(Packer, "load_state_dict", lambda self, state, make: load(self, {**state, "waiting": []}, make))
+    with pytest.raises(AssertionError, match="assert Counter"):
+        check_same_samples_when_resumed()
 
 
 def test_resume_reads_no_sample():
@@ -237,19 +315,19 @@ def test_resume_reads_no_sample():
 def test_state_of_other_sources_is_refused_by_name():
     state = stream().state_dict()
     changed = stream(sources=[source("long", 40), source("short", 9, "new")])
-    with pytest.raises(ValueError, match="got others or changed ones: short;"):
+    with pytest.raises(ValueError, match=r"got others or changed ones: short \(other contents or settings\);"):
         changed.load_state_dict(state)
 
 
 def test_a_changed_source_begins_anew_where_that_is_accepted():
-    # Test T7: only its own place is lost.
+    """(T7): only its own place is lost."""
     before = stream(epochs=None)
     for _ in range(6):
         next(before)
     state = json.loads(json.dumps(before.state_dict()))
     waiting = [name for name, *_ in state["plan"]["packer"]["waiting"]]
     changed = stream(sources=[source("long", 40), source("short", 9, "new")])
-    assert changed.load_state_dict(state, accept_data_change=True) == ["short"]
+    assert changed.load_state_dict(state, accept_data_change=True) == {"short": "other contents or settings"}
     now = json.loads(json.dumps(changed.state_dict()))["plan"]
     assert now["mixture"]["drawn"] == [state["plan"]["mixture"]["drawn"][0], 0]
     assert [name for name, *_ in now["packer"]["waiting"]] == [name for name in waiting if name[0] == 0]
@@ -266,9 +344,9 @@ def test_sources_may_be_added_removed_and_moved_where_that_is_accepted():
         next(before)
     state = json.loads(json.dumps(before.state_dict()))
     after = stream(sources=[source("fresh", 5), source("long", 40)])
-    with pytest.raises(ValueError, match="fresh, short"):
+    with pytest.raises(ValueError, match=r"fresh \(a new source\), short \(the source is gone\)"):
         after.load_state_dict(state)
-    assert after.load_state_dict(state, accept_data_change=True) == ["fresh"]
+    assert after.load_state_dict(state, accept_data_change=True) == {"fresh": "a new source"}
     drawn = state["plan"]["mixture"]["drawn"]
     now: Any = after.state_dict()["plan"]
     assert now["mixture"]["drawn"] == [0, drawn[0]]
@@ -315,25 +393,52 @@ def test_skips_are_counted_by_source_and_reason():
     assert data.epochs() == {"long": 2.0, "short": 4.0}
 
 
-def test_bad_samples_shift_nothing():
-    # Test T13: with the same places of the other samples, whether a bad one is found when measured or when decoded.
-    class Repaired(Letters):
-        def encode(self, sample, limit=None, /) -> Encoded:
-            text = self._text(sample, limit)
-            return Encoded(text, len(text))
+class Repaired(Letters):
+    """What is bad when it is encoded is good."""
 
-    for batch, whole in zip(islice(stream(), 40), islice(stream(Repaired()), 40), strict=True):
+    def encode(self, sample, limit=None, /) -> Encoded:
+        text = self._text(sample, limit)
+        return Encoded(text, len(text))
+
+
+def check_bad_samples_shift_nothing(sources=None) -> None:
+    for batch, whole in zip(islice(stream(None, sources), 40), islice(stream(Repaired()), 40), strict=True):
         assert list(batch.ids) == [name for name in whole.ids if is_good(int(name.split("/")[1]))]
     drawn = stream()
-    for _ in range(200):
+    for _ in range(100):
         next(drawn)
     first, second = (drawn.skips.num_seen(name) for name in ("long", "short"))
     assert first / (first + second) == pytest.approx(2 / 3, rel=0.01)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_the_same_samples_are_skipped_whether_resumed_or_not(num_ranks):
-    # Test T13 on ranks: each counts the holes of its own packs, so together they count each hole once.
+def test_bad_samples_shift_nothing():
+    """(T13): the places of all others, and the ratios, are what they would be without them."""
+    check_bad_samples_shift_nothing()
+
+
+class Neighbours(InMemory):
+    """Gives the next sample for one that is bad, as loaders do that fill a hole."""
+
+    def __getitem__(self, index: int):
+        sample = super().__getitem__(index)
+        return sample if is_good(int(sample.id)) else self[(index + 1) % len(self)]
+
+
+def test_a_loader_that_fills_holes_or_does_not_count_them_shows(monkeypatch):
+    """(T13): the controls."""
+    filled = [Neighbours(one.name, one.samples) for one in (source("long", 40), source("short", 9))]
+    with pytest.raises(AssertionError, match="At index"):
+        check_bad_samples_shift_nothing(filled)
+    counted = SkipCounter.num_seen
+    # Bad ones of one source alone.
+    monkeypatch.setattr(
+        SkipCounter, "num_seen", lambda self, name: counted(self, name) - sum(self.table()["long"].values())
+    )
+    with pytest.raises(AssertionError, match="comparison failed"):
+        check_bad_samples_shift_nothing()
+
+
+def check_same_skips_when_resumed(num_ranks: int) -> None:
     def run(cut):
         counted, numbers = Counter(), []
         for rank in range(num_ranks):
@@ -358,7 +463,33 @@ def test_the_same_samples_are_skipped_whether_resumed_or_not(num_ranks):
     assert len({len(numbers) for numbers in whole[1]}) == 1
 
 
-def test_too_long_is_counted_cut_or_an_error():
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_same_samples_are_skipped_whether_resumed_or_not(num_ranks):
+    """(T13): on ranks, each counts the holes of its own packs, so together they count each hole once, and keep step."""
+    check_same_skips_when_resumed(num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_skips_that_a_resume_forgets_or_that_every_rank_counts_show(num_ranks, monkeypatch):
+    """(T13): the controls."""
+    with monkeypatch.context() as patched:
+        patched.setattr(SkipCounter, "load_state_dict", lambda *_: None)
+        with pytest.raises(AssertionError):
+            check_same_skips_when_resumed(num_ranks)
+    if num_ranks > 1:
+        next_round = Plan.next_round
+
+        def all_holes_for_all(self, num_ranks):
+            packs = next_round(self, num_ranks)
+            holes = tuple(hole for pack in packs for hole in pack.holes)
+            return [replace(pack, holes=holes) for pack in packs]
+
+        monkeypatch.setattr(Plan, "next_round", all_holes_for_all)
+        with pytest.raises(AssertionError):
+            check_same_skips_when_resumed(num_ranks)
+
+
+def check_too_long_is_counted() -> None:
     skips = SkipCounter(LENIENT)
     dropping = stream(max_tokens=20, skips=skips, epochs=(1, 1))
     dropped = list(dropping)
@@ -378,12 +509,30 @@ def test_too_long_is_counted_cut_or_an_error():
         list(islice(stream(max_tokens=20, too_long="error"), 50))
 
 
+def test_too_long_is_counted_cut_or_an_error():
+    """(T18): each policy; that no image is cut is in test_blip3_measure.py."""
+    check_too_long_is_counted()
+
+
+def test_a_cut_or_drop_that_is_not_counted_shows(monkeypatch):
+    """(T18): the controls."""
+    with monkeypatch.context() as patched:
+        patched.setattr(SkipCounter, "truncate", lambda *_: None)
+        with pytest.raises(AssertionError):
+            check_too_long_is_counted()
+    skip = SkipCounter.skip
+    monkeypatch.setattr(SkipCounter, "skip", lambda self, *what: what[1].reason == "too_long" or skip(self, *what))
+    with pytest.raises((AssertionError, KeyError)):
+        check_too_long_is_counted()
+
+
 def test_errors_of_the_program_are_not_skipped():
     with pytest.raises(KeyError, match="oops"):
         next(stream(Raising(KeyError("oops"))))
 
 
 def test_a_source_without_any_good_sample_ends_the_run():
+    """(T12)"""
     counter = SkipCounter(SkipLimits(max_share=1.0, max_consecutive=100))
     spoilt = Raising(SkipSample(SkipReason.NOT_AN_IMAGE, "html"))
     with pytest.raises(
@@ -394,6 +543,7 @@ def test_a_source_without_any_good_sample_ends_the_run():
 
 
 def test_share_of_skips_is_bounded_for_each_source():
+    """(T12): the control, a good source and one at its limit, in the same run"""
     counter = SkipCounter(SkipLimits(max_share=0.01, max_consecutive=100, min_seen=1000))
     bad = SkipSample(SkipReason.BAD_RECORD, "x")
     for number in range(5000):

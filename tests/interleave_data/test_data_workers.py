@@ -5,10 +5,16 @@ Starting a worker takes a good part of a second, so a test asks for as few as it
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +51,7 @@ def outline(data: Stream, batch) -> tuple:
 
 
 def test_any_number_of_workers_on_resume_gives_the_same_batches(parts):
-    # Test T6: 2 → 0 → 4 workers.
+    """(T6, T10): 2 → 0 → 4 workers, which are more than there are sources."""
     whole = stream(parts)
     expected = [outline(whole, batch) for batch in islice(whole, 30)]
     got, state = [], None
@@ -61,7 +67,7 @@ def test_any_number_of_workers_on_resume_gives_the_same_batches(parts):
 
 
 def test_a_state_of_what_was_made_ahead_loses_batches(parts):
-    # The negative control: what a loader does that saves where its workers are.
+    """(T6): the control, what a loader does that saves where its workers are."""
     data = stream(parts)
     expected = [batch.ids for batch in islice(data, 12)]
     before = stream(parts)
@@ -114,20 +120,52 @@ def test_workers_are_at_most_two_packs_ahead(parts, tmp_path: Path):
         assert len(list(tmp_path.iterdir())) == consumed + 2
 
 
-def test_a_stalled_reader_is_named_after_the_timeout(parts, tmp_path: Path):
-    # Test T30. The shard was a file when its index was made; a pipe that nobody writes to stands for a stalled disk.
+@contextmanager
+def stalled(parts, tmp_path: Path) -> Iterator[tuple[Stream, Any]]:
+    """A stream whose worker will stall, and its pool. The shard was a file when its index was made; a pipe that nobody
+    writes to stands for a stalled disk."""
     fifo = str(tmp_path / "000.tar")
     os.mkfifo(fifo)
     with stream(parts, 1, fifo=fifo, data_timeout_s=60.0) as data:
         # The start of the process takes its time; the pipe is not in the first packs.
         next(data)
-        assert data._packs is not None
-        data._packs._timeout_s = 1.0  # pyright: ignore[reportAttributeAccessIssue]
-        with pytest.raises(WorkerError, match=r"data worker 0: .* within 1 s, .* it is reading long:11 \(11\)"):
+        yield data, data._packs
+
+
+def check_stall_is_told(data: Stream, within_s: float) -> None:
+    """It ends in time, with the sample and its worker; if it does not, nobody waits for it here."""
+    raised: list[BaseException] = []
+    done = threading.Event()
+
+    def read() -> None:
+        try:
             list(islice(data, 30))
+        except BaseException as error:  # noqa: BLE001  (looked at below)
+            raised.append(error)
+        done.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    assert done.wait(within_s)
+    assert len(raised) == 1
+    assert isinstance(raised[0], WorkerError)
+    assert re.search(r"data worker 0: .* within 1 s, .* it is reading long:11 \(11\)", str(raised[0]))
+
+
+def test_a_stalled_reader_is_named_after_the_timeout(parts, tmp_path: Path):
+    """(T30)"""
+    with stalled(parts, tmp_path) as (data, pool):
+        pool._timeout_s = 1.0
+        check_stall_is_told(data, within_s=20.0)
+
+
+def test_a_timeout_that_is_not_heeded_shows(parts, tmp_path: Path):
+    """(T30): the control, a wait as long as the worker takes."""
+    with stalled(parts, tmp_path) as (data, _), pytest.raises(AssertionError, match=r"wait\(3"):
+        check_stall_is_told(data, within_s=3.0)
 
 
 def test_a_dead_worker_and_its_pack_are_named(parts):
+    """(T30)"""
     with (
         stream(parts, 2, parts.Dying()) as data,
         pytest.raises(WorkerError, match=r"data worker \d: expected pack \d+ from here, .* \(signal SIGKILL\)"),
@@ -202,7 +240,10 @@ from interleave_data import PlanConfig, SkipCounter, SkipLimits, Stream
 from interleave_data.config import DataFile, SourceConfig
 from interleave_data import open_sources
 if __name__ == "__main__":
-    if sys.argv[1] == "shuffled":
+    if "unsorted" in sys.argv[1]:
+        import interleave_data.opening
+        interleave_data.opening.sorted = list
+    if "shuffled" in sys.argv[1]:
         listed, scanned = os.listdir, os.scandir
         os.listdir = lambda *args: sorted(listed(*args), reverse=True)
         class Scan(list):
@@ -223,32 +264,35 @@ if __name__ == "__main__":
 """
 
 
-def test_order_depends_neither_on_hash_seed_nor_on_how_a_folder_is_listed(parts, tmp_path: Path):
-    # Test T31, in fresh processes.
-    import tarfile
-    from io import BytesIO
-
+def orders(parts, folder: Path, *runs: tuple[str, str]) -> list[list[str]]:
+    """What a process of its own says for each (hash seed, way of listing): its hash of a text, then its batches."""
     for shard in range(3):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for number in range(5):
                 for suffix, content in (("jpg", b"never decoded"), ("txt", f"caption {shard} {number}".encode())):
                     member = tarfile.TarInfo(f"{number}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, BytesIO(content))
-    script = tmp_path / "order.py"
+    script = folder / "order.py"
     script.write_text(ORDER)
-    folder = str(Path(parts.__file__).parent)
     said = []
-    for seed, listing in (("0", "plain"), ("1", "shuffled"), ("random", "plain")):
+    for seed, listing in runs:
         environment = {
-            **os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join([folder, *sys.path])
-        }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, str(script), listing, str(tmp_path / "*.tar")],
-            env=environment, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": os.pathsep.join([str(Path(parts.__file__).parent), *sys.path]),
+        }
+        command = [sys.executable, str(script), listing, str(folder / "*.tar")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         said.append(done.stdout.splitlines())
-    hashes = {lines[0] for lines in said}
-    assert len(hashes) == 3
-    assert len(" ".join(said[0][1:]).split()) > 15
-    assert said[0][1:] == said[1][1:] == said[2][1:]
+    return said
+
+
+def test_order_depends_neither_on_hash_seed_nor_on_how_a_folder_is_listed(parts, tmp_path: Path):
+    """(T31): in fresh processes. The control, shards as they are listed, in the last of them."""
+    runs = [("0", "plain"), ("1", "shuffled"), ("random", "plain"), ("2", "shuffled unsorted")]
+    first, *others, unsorted = orders(parts, tmp_path, *runs)
+    assert len({lines[0] for lines in (first, *others)}) == 3
+    assert len(" ".join(first[1:]).split()) > 15
+    assert [lines[1:] for lines in others] == [first[1:]] * 2
+    assert unsorted[1:] != first[1:]

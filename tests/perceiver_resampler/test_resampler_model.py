@@ -137,6 +137,7 @@ def test_masked_features_get_no_gradient_and_poison_none():
 
 
 def test_set_masked_whole_equals_no_features():
+    """(T14): a tile that is all padding"""
     model, features = randomised(CFG), torch.randn(1, 4, 6, dtype=torch.float64)
     torch.testing.assert_close(model(features, torch.zeros(1, 4, dtype=torch.bool)), model(features[:, :0]))
 

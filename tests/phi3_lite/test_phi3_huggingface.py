@@ -235,6 +235,8 @@ def test_stop_ids_and_sampling_follow_the_files() -> None:
 
 
 def test_missing_unexpected_and_misshaped_tensors_come_in_one_error(folder: Path) -> None:
+    """(T24)"""
+
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors["model.norm.weight"]
         tensors["model.layers.0.self_attn.qkv_proj.bias"] = torch.zeros(32)

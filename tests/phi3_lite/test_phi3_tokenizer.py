@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -80,6 +81,7 @@ def test_decode_equals_the_librarys_own(shared_data: Path) -> None:
 
 
 def test_no_control_token_can_be_spelt(tokenizer: Tokenizer) -> None:
+    """(T17)"""
     assert tokenizer.control_ids
     control = set(tokenizer.control_ids.values())
     for name in tokenizer.control_ids:
@@ -90,6 +92,7 @@ def test_no_control_token_can_be_spelt(tokenizer: Tokenizer) -> None:
 
 
 def test_no_piece_spelt_out_yields_a_control_id(tokenizer: Tokenizer) -> None:
+    """(T17): over the whole vocabulary."""
     control = set(tokenizer.control_ids.values())
     pieces = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in range(tokenizer.vocab_size)]
     for start in range(0, len(pieces), 1000):
@@ -117,6 +120,7 @@ TEXT = st.lists(st.one_of(st.sampled_from(NAMES), st.text(WRITTEN, max_size=8)),
 @example("é🦙\x00\u200d")
 @given(text=TEXT)
 def test_any_text_of_trained_tokenizer_round_trips_without_control_ids(text: str) -> None:
+    """(T17)"""
     _check_text(_load("trained", Path()), text)
 
 
@@ -132,6 +136,18 @@ def test_any_text_of_published_tokenizer_round_trips_without_control_ids(kind: s
         _check_text(tokenizer, text)
 
     check()
+
+
+def test_a_tokenizer_that_reads_control_names_in_text_shows(tokenizer: Tokenizer) -> None:
+    """(T17): the control, every name of a control token by the encoding that is for templates."""
+
+    class Naive:
+        control_ids = tokenizer.control_ids
+        encode = staticmethod(tokenizer.encode_with_control)
+
+    for name in tokenizer.control_ids:
+        with pytest.raises(AssertionError):
+            _check_text(cast(Tokenizer, Naive()), f"a {name} b")
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])

@@ -209,6 +209,7 @@ def test_siglip_goes_out_with_what_it_came_with(tool, siglip_sentencepiece, tmp_
 
 
 def test_a_release_comes_back_from_ours_bit_for_bit(tool, release: Path, tmp_path: Path) -> None:
+    """(T24)"""
     assert tool.main([str(release), str(tmp_path / "again"), "--to", "ours"]) == 0
     before, after = load_model(tmp_path / "ours"), load_model(tmp_path / "again")
     assert_equal(after.model, before.model, torch.bfloat16)

@@ -113,7 +113,7 @@ def write_talks(folder: Path, rows: list[dict], name: str = "talks") -> str:
 
 @pytest.mark.parametrize("num_planted", [0, 4])
 def test_planted_repeats_are_named_with_their_source_share(preview, tmp_path: Path, capsys, num_planted) -> None:
-    """T34; without any planted, none is named."""
+    """(T34): the control, without any planted none is named."""
     captions = [f"picture number {number} of many" for number in range(200)]
     for number in range(num_planted):
         captions[number * 50] = "An image of an object.\n" if number % 2 else "an  image of an Object."

@@ -7,11 +7,12 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 import trainer_lite.train_state
-from trainer_lite import Optimizers, read_metrics
+from trainer_lite import LossSum, Optimizers, TrainConfig, read_metrics
 
 HERE = Path(__file__).parent
 # The program that the children run, too.
@@ -53,6 +54,7 @@ def check_kills(tmp_path: Path, attempts: list[dict], max_steps: int, save_every
 
 
 def test_five_kills_do_not_show(tmp_path: Path) -> None:
+    """(T1): in steps, in saves, between write and rename; the controls are in `test_resume_without_a_part_shows`."""
     attempts = killed(tmp_path, max_steps=60, save_every=3, kills=["calls", "disk"] * 2 + ["calls"], seed=1)
     check_kills(tmp_path, attempts, max_steps=60, save_every=3)
     assert any(attempt["resumes_at"] > 0 for attempt in attempts[:-1])
@@ -63,6 +65,7 @@ def test_five_kills_do_not_show(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", [2, 3])
 def test_thirty_kills_do_not_show(tmp_path: Path, seed: int) -> None:
+    """(T1)"""
     attempts = killed(tmp_path, max_steps=600, save_every=3, kills=["calls", "disk"] * 15, seed=seed)
     check_kills(tmp_path, attempts, max_steps=600, save_every=3)
 
@@ -90,6 +93,7 @@ def emptied(state: object, name: str) -> int:
 
 @pytest.mark.parametrize("omitted", ["nothing", "random states", "optimiser", "stream", "waiting samples", "schedule"])
 def test_resume_without_a_part_shows(tmp_path: Path, monkeypatch, omitted: str) -> None:
+    """(T1, T2): the controls. Without any part of the state the course is another one."""
     cfg = settings(max_steps=20, save_every=0)
     trainer(tmp_path / "whole", cfg).fit()
     whole = course(tmp_path / "whole")
@@ -122,6 +126,7 @@ def test_resume_without_a_part_shows(tmp_path: Path, monkeypatch, omitted: str) 
 
 
 def test_resume_at_an_epochs_end_twice_in_one_and_at_once(tmp_path: Path) -> None:
+    """(T2): with two packs a step, and samples that wait; the end to the very sample is in test_data_stream.py."""
     # 24 + 8 samples: an epoch of the first source ends every few steps, and stops fall on, before and behind its end.
     cfg = settings(max_steps=16, save_every=0)
     made = trainer(tmp_path / "whole", cfg, num_samples=24)
@@ -129,21 +134,78 @@ def test_resume_at_an_epochs_end_twice_in_one_and_at_once(tmp_path: Path) -> Non
     # Samples have 5 tokens on average, and one in ten is bad.
     assert made.counters.tokens > 4 * 24 * 4.5
     whole = course(tmp_path / "whole")
-    for stops in [[step] for step in range(1, 16)] + [[3, 4, 5], [7, 7, 7, 12]]:
+    for stops in [[step] for step in range(3, 10)] + [[3, 4, 5], [7, 7, 7, 12]]:
         folder = tmp_path / "-".join(map(str, stops))
         stop_behind(folder, cfg, *stops, num_samples=24)
         trainer(folder, cfg, num_samples=24).fit()
         assert course(folder) == whole, stops
 
 
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the loop may catch it."""
+
+
+def killed_in_a_window(folder: Path, cfg: TrainConfig, micro_batch: int) -> None:
+    """Let a run die before it has seen this micro-batch, counted over all windows."""
+    made = trainer(folder, cfg)
+    loss, seen = made.model.loss, []
+
+    def loss_until(batch) -> LossSum:
+        seen.append(batch)
+        if len(seen) == micro_batch:
+            raise Killed
+        return loss(batch)
+
+    made.model.loss = loss_until
+    with pytest.raises(Killed):
+        made.fit()
+
+
+def check_window_is_done_again(tmp_path: Path, cfg: TrainConfig, micro_batch: int, border: int) -> None:
+    """A run that dies in a window goes on from the border before, and nothing of it shows."""
+    trainer(tmp_path / "whole", cfg).fit()
+    killed_in_a_window(tmp_path / "cut", cfg, micro_batch)
+    made = trainer(tmp_path / "cut", cfg)
+    assert made.counters.step == border
+    assert made.stream.stream.state_dict()["plan"]["packer"]["waiting"]
+    made.fit()
+    assert course(tmp_path / "cut") == course(tmp_path / "whole")
+
+
+# Windows of three packs, a checkpoint behind every second step: twelve packs are behind the one of step 4.
+@pytest.mark.parametrize(("micro_batch", "border"), [(14, 4), (15, 4), (13, 4), (18, 4), (19, 6)])
+def test_a_window_that_a_kill_cut_in_two_is_done_again_from_its_border(tmp_path, micro_batch, border):
+    """(T2): in the middle of an accumulation window."""
+    cfg = msgspec.structs.replace(settings(max_steps=9, save_every=2), accumulation_steps=3)
+    check_window_is_done_again(tmp_path, cfg, micro_batch, border)
+
+
+def test_a_state_from_within_a_window_shows(tmp_path: Path, monkeypatch) -> None:
+    """(T2): the control. What a loader saves that is one pack further than the step."""
+    state_dict = tiny_run.RowStream.state_dict
+
+    def ahead(self) -> dict:
+        copy = tiny_run.RowStream(60)
+        copy.load_state_dict(json.loads(json.dumps(state_dict(self))))
+        next(iter(copy))
+        return state_dict(copy)
+
+    monkeypatch.setattr(tiny_run.RowStream, "state_dict", ahead)
+    cfg = msgspec.structs.replace(settings(max_steps=9, save_every=2), accumulation_steps=3)
+    with pytest.raises(AssertionError, match="At index 4"):
+        check_window_is_done_again(tmp_path, cfg, 14, 4)
+
+
 @pytest.mark.nightly
 def test_two_thousand_steps_with_kills_end_in_the_same_weights(tmp_path: Path) -> None:
+    """(T32)"""
     attempts = killed(tmp_path, max_steps=2000, save_every=20, kills=["calls", "disk", "startup"] * 10, seed=4)
     check_kills(tmp_path, attempts, max_steps=2000, save_every=20)
 
 
 @pytest.mark.nightly
 def test_memory_stays_flat(tmp_path: Path) -> None:
+    """(T32)"""
     made = trainer(tmp_path / "run", settings(max_steps=2000, save_every=50))
     resident: list[int] = []
 

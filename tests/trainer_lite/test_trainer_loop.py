@@ -5,11 +5,14 @@ import json
 import math
 import os
 import signal
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import trainer_lite.loop
 from blip3_lite import read_manifest
 from trainer_lite import (
     LossSum,
@@ -49,6 +52,7 @@ def run_keeping_gradients(trainer) -> list[torch.Tensor]:
 
 
 def test_accumulation_partial_last_window_equals_one_batch(tiny):
+    """(T22)"""
     # 1 + 5 + 2 + 3, then 4 + 1 as the stream ends: the same as a batch of 11 and one of 5.
     split = tiny.trainer(
         config(9, accumulation_steps=4, grad_clip=0.05), dropout=0, stream=tiny.stream((1, 5, 2, 3, 4, 1), length=6)
@@ -63,11 +67,22 @@ def test_accumulation_partial_last_window_equals_one_batch(tiny):
     torch.testing.assert_close(weights(split), weights(whole), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("grad_clip", [0.0, 0.05])
-def test_accumulation_ragged_equals_one_batch(tiny, grad_clip):
+class MeanOfMeans:
+    """Averages every batch by itself, as if all were of one size."""
+
+    def __init__(self, model) -> None:
+        self.inner, self.network = model, model.network
+
+    def loss(self, batch) -> LossSum:
+        loss = self.inner.loss(batch)
+        return LossSum(loss.total / loss.num_targets, 1, loss.parts)
+
+
+def check_ragged_accumulation(tiny, grad_clip: float, models=(None, None)) -> None:
     sizes = (1, 5, 2, 3)
-    split = tiny.trainer(config(accumulation_steps=4, grad_clip=grad_clip), dropout=0, stream=tiny.stream(sizes))
-    whole = tiny.trainer(config(grad_clip=grad_clip), dropout=0, stream=tiny.stream((sum(sizes),)))
+    more = {"accumulation_steps": 4, "grad_clip": grad_clip}
+    split = tiny.trainer(config(**more), dropout=0, stream=tiny.stream(sizes), model=models[0])
+    whole = tiny.trainer(config(grad_clip=grad_clip), dropout=0, stream=tiny.stream((sum(sizes),)), model=models[1])
     records = {"split": [], "whole": []}
     split.on_step, whole.on_step = records["split"].append, records["whole"].append
     for ours, theirs in zip(run_keeping_gradients(split), run_keeping_gradients(whole), strict=True):
@@ -78,6 +93,22 @@ def test_accumulation_ragged_equals_one_batch(tiny, grad_clip):
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
         assert ours.parts["absolute"] == pytest.approx(theirs.parts["absolute"], abs=1e-6)
         assert (ours.target_tokens, ours.samples_digest) == (theirs.target_tokens, theirs.samples_digest)
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.05])
+def test_accumulation_ragged_equals_one_batch(tiny, grad_clip):
+    """(T22)"""
+    check_ragged_accumulation(tiny, grad_clip)
+
+
+def test_a_mean_of_means_shows(tiny):
+    """(T22): the control."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        models.append(MeanOfMeans(tiny.model(0.0)))
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        check_ragged_accumulation(tiny, 0.0, models)
 
 
 def test_gradient_is_that_of_the_mean_and_clipped_once(tiny):
@@ -153,11 +184,10 @@ class Poisoned:
         return loss
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nonfinite_step_moves_nothing(tiny, tmp_path, where):
+def check_nonfinite_step_moves_nothing(tiny, folder: Path, where: str) -> None:
     torch.manual_seed(7)
     model = Poisoned(tiny.model(0.0), {3}, where)
-    run = RunFolder.create(tmp_path / "run", {})
+    run = RunFolder.create(folder, {})
     cfg = config(5, schedule=ScheduleConfig(kind="linear", min_ratio=0.0))
     trainer = tiny.trainer(cfg, model=model, run=run)
     seen, moments = [], []
@@ -184,8 +214,24 @@ def test_nonfinite_step_moves_nothing(tiny, tmp_path, where):
     assert lines[2]["loss"] is None if where == "loss" else lines[2]["grad_norm"] is None
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nonfinite_step_moves_nothing(tiny, tmp_path, where):
+    """(T20)"""
+    check_nonfinite_step_moves_nothing(tiny, tmp_path / "run", where)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loop_that_does_not_look_at_its_gradients_shows(tiny, tmp_path, monkeypatch, where):
+    """(T20): the control, one NaN gets into every parameter."""
+    monkeypatch.setattr(trainer_lite.loop, "left_out", lambda *_: None)
+    with pytest.raises(AssertionError):
+        check_nonfinite_step_moves_nothing(tiny, tmp_path / "run", where)
+
+
 @pytest.mark.parametrize("spike_guard", [False, True])
 def test_spike_is_written_down_and_left_out_by_the_guard_alone(tiny, tmp_path, spike_guard):
+    """(T21): without the guard, which is the control, the same spike moves the weights."""
+
     class Spiking:
         """Ten times the median at step 6."""
 
@@ -256,6 +302,7 @@ def test_spikes_that_stay_become_the_new_level():
 
 
 def test_nonfinite_steps_in_a_row_raise(tiny, tmp_path):
+    """(T20)"""
     model = Poisoned(tiny.model(), {2, 4, 5, 6}, "loss")
     run = RunFolder.create(tmp_path / "run", {})
     trainer = tiny.trainer(config(9, max_nonfinite_steps=3), model=model, run=run)
@@ -333,9 +380,8 @@ def test_ids_that_are_no_utf8_are_logged(tiny, tmp_path):
     assert json.loads(run.nonfinite.path.read_text())["sample_ids"] == [r"\udcff.png"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_finishes_the_step_and_saves(tiny, tmp_path, number):
-    run = RunFolder.create(tmp_path / "run", {})
+def check_signal_finishes_the_step_and_saves(tiny, folder: Path, number: signal.Signals) -> None:
+    run = RunFolder.create(folder, {})
     before = signal.getsignal(number)
 
     def ask(record) -> None:
@@ -349,7 +395,23 @@ def test_signal_finishes_the_step_and_saves(tiny, tmp_path, number):
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_and_saves(tiny, tmp_path, number):
+    """(T29): that it exits with 143 and goes on is in tests/apps/test_apps_train_kills.py."""
+    check_signal_finishes_the_step_and_saves(tiny, tmp_path / "run", number)
+
+
+def test_a_loop_that_takes_no_signals_shows(tiny, tmp_path, monkeypatch):
+    """(T29): the control; with SIGTERM it would be the end of this process."""
+    monkeypatch.setattr(StopFlag, "on_signals", lambda self: nullcontext())
+    with pytest.raises(KeyboardInterrupt):
+        check_signal_finishes_the_step_and_saves(tiny, tmp_path / "run", signal.SIGINT)
+    assert RunFolder(tmp_path / "run").checkpoints() == []
+
+
 def test_second_signal_does_not_wait(tiny):
+    """(T29)"""
+
     def ask_twice(record) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)

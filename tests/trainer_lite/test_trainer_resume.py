@@ -58,6 +58,7 @@ def resumed(tiny, run: RunFolder, kind: Literal["adamw", "muon"] = "adamw", stop
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_resume_equals_uninterrupted(tiny, tmp_path, kind):
+    """(T1)"""
     whole = uninterrupted(tiny, tmp_path / "whole", kind)
     run = cut_run(tiny, tmp_path / "cut", kind)
     result = resumed(tiny, run, kind).fit()
@@ -67,6 +68,7 @@ def test_resume_equals_uninterrupted(tiny, tmp_path, kind):
 
 
 def test_resume_twice_and_save_at_once(tiny, tmp_path):
+    """(T2)"""
     whole = uninterrupted(tiny, tmp_path / "whole")
     run = cut_run(tiny, tmp_path / "cut", at=7)
     trainer = resumed(tiny, run)
@@ -100,6 +102,7 @@ def test_resume_after_a_kill_redoes_the_lost_steps(tiny, tmp_path):
 
 @pytest.mark.parametrize("omitted", ["random states", "optimiser", "stream", "update count"])
 def test_resume_without_a_part_differs(tiny, tmp_path, monkeypatch, omitted):
+    """(T1, T2): the controls"""
     whole = uninterrupted(tiny, tmp_path / "whole")
     run = cut_run(tiny, tmp_path / "cut")
     if omitted == "random states":
@@ -153,6 +156,27 @@ def test_changed_data_pass_by_their_own_wish_and_the_stream_hears_of_it(tiny, tm
     # It is not a wish for other settings.
     with pytest.raises(ValueError, match=r"grad_clip: 1\.0 in the checkpoint, 2\.0 now"):
         changed(Telling(), grad_clip=2.0).resume(run.checkpoints()[0], accept_data_change=True)
+
+
+def test_a_stream_that_can_say_what_changed_is_asked(tiny, tmp_path):
+    """(T7)"""
+    run = cut_run(tiny, tmp_path / "cut")
+
+    class Telling(tiny.stream):
+        words: tuple[str, ...] = ("a (removed: 1.tar)", "b (a new source)")
+
+        def changes(self, state) -> list[str]:
+            assert state["num_batches"] == 2 * CUT
+            return list(self.words)
+
+    telling = Telling((3, 2))
+    trainer = tiny.trainer(config(), stream=telling, run=run, with_files=True, stage="sft", data_fingerprint="other")
+    with pytest.raises(ValueError, match=r"got data: a \(removed: 1\.tar\), b \(a new source\); restore them"):
+        trainer.resume(run.checkpoints()[0])
+    # What is no matter of the sources, such as limits on images, only the fingerprints tell.
+    telling.words = ()
+    with pytest.raises(ValueError, match=r"got data: '' in the checkpoint, 'other' now; restore them"):
+        trainer.resume(run.checkpoints()[0])
 
 
 def test_spike_guard_goes_on_with_the_median_that_it_had(tiny, tmp_path):

@@ -83,6 +83,7 @@ def test_failed_save_leaves_everything_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("damage", ["manifest missing", "manifest garbled", "file missing", "file cut", "bit flipped"])
 def test_find_checkpoint_falls_back_and_names_the_damage(tmp_path, damage):
+    """(T4)"""
     run = RunFolder(tmp_path)
     save(run, 1)
     save(run, 2)

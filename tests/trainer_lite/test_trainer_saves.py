@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import blip3_lite.folder
 from blip3_lite import CheckpointError
 from trainer_lite import RunFolder, SaveError, TrainConfig, read_metrics
 
@@ -45,10 +47,8 @@ def on_a_disk_that_is_full_at(run: RunFolder, *steps: int, num_bytes: int = 100)
     run.begin_checkpoint = begin_there  # type: ignore[method-assign]
 
 
-# The model's own file does not fit, or the optimiser's.
-@pytest.mark.parametrize("num_bytes", [100, 1500])
-def test_full_disk_stops_with_what_is_needed_and_leaves_the_checkpoint_before(tiny, tmp_path, num_bytes):
-    run, trainer = begun(tiny, tmp_path / "run", max_steps=9, keep_last=1)
+def check_full_disk_leaves_the_checkpoint_before(tiny, folder: Path, num_bytes: int) -> None:
+    run, trainer = begun(tiny, folder, max_steps=9, keep_last=1)
     on_a_disk_that_is_full_at(run, 4, num_bytes=num_bytes)
     with pytest.raises(SaveError) as caught:
         trainer.fit()
@@ -60,7 +60,29 @@ def test_full_disk_stops_with_what_is_needed_and_leaves_the_checkpoint_before(ti
     assert run.find_checkpoint().path == run.checkpoints_path / "step-00000002"
 
 
+# The model's own file does not fit, or the optimiser's.
+@pytest.mark.parametrize("num_bytes", [100, 1500])
+def test_full_disk_stops_with_what_is_needed_and_leaves_the_checkpoint_before(tiny, tmp_path, num_bytes):
+    """(T3)"""
+    check_full_disk_leaves_the_checkpoint_before(tiny, tmp_path / "run", num_bytes)
+
+
+def test_a_retention_that_makes_room_first_shows(tiny, tmp_path, monkeypatch):
+    """(T3): the control, the old checkpoint is removed before the new one is whole."""
+    begin = RunFolder.begin_checkpoint
+
+    def make_room_and_begin(self, *arguments):
+        for path in self.checkpoints():
+            shutil.rmtree(path)
+        return begin(self, *arguments)
+
+    monkeypatch.setattr(RunFolder, "begin_checkpoint", make_room_and_begin)
+    with pytest.raises(AssertionError):
+        check_full_disk_leaves_the_checkpoint_before(tiny, tmp_path / "run", 100)
+
+
 def test_full_disk_may_be_only_a_warning_until_the_end(tiny, tmp_path):
+    """(T3)"""
     lines: list[str] = []
 
     class Lines:
@@ -152,6 +174,7 @@ def test_what_the_thread_makes_whole_is_the_step_it_was_written_at(tiny, tmp_pat
 
 
 def test_read_only_folder_is_named(tiny, tmp_path):
+    """(T3)"""
     run, trainer = begun(tiny, tmp_path / "run", max_steps=2)
     # A file in the place of the folder: what root may not write either.
     run.checkpoints_path.write_bytes(b"")
@@ -167,8 +190,8 @@ def cut_places(folder: Path) -> list[tuple[str, int]]:
     return places
 
 
-def test_a_checkpoint_cut_anywhere_is_refused_by_name_and_the_one_before_taken(tiny, tmp_path):
-    run, trainer = begun(tiny, tmp_path / "run", max_steps=4)
+def check_damage_is_refused_by_name_and_the_one_before_taken(tiny, folder: Path) -> None:
+    run, trainer = begun(tiny, folder, max_steps=4)
     trainer.fit()
     first, second = run.checkpoints()
     damages = [(name, place, "cut") for name, place in cut_places(second)]
@@ -195,6 +218,18 @@ def test_a_checkpoint_cut_anywhere_is_refused_by_name_and_the_one_before_taken(t
         assert run.find_checkpoint().path == second
 
 
+def test_a_checkpoint_cut_anywhere_is_refused_by_name_and_the_one_before_taken(tiny, tmp_path):
+    """(T4): twenty cuts; of each file a bit flipped, or none of it there, the manifest included."""
+    check_damage_is_refused_by_name_and_the_one_before_taken(tiny, tmp_path / "run")
+
+
+def test_a_manifest_of_sizes_alone_shows(tiny, tmp_path, monkeypatch):
+    """(T4): the control, a flipped bit that no digest tells."""
+    monkeypatch.setattr(blip3_lite.folder, "file_sha256", lambda path: "0" * 64)
+    with pytest.raises(AssertionError, match="flip"):
+        check_damage_is_refused_by_name_and_the_one_before_taken(tiny, tmp_path / "run")
+
+
 def test_retention_never_counts_a_half_written_checkpoint(tmp_path):
     run = RunFolder(tmp_path)
 
@@ -216,6 +251,7 @@ def test_going_back_leaves_the_later_course_behind(tmp_path):
 
 
 def test_reopen_clears_what_a_kill_left_and_puts_back_what_waited(tmp_path):
+    """(T1)"""
     run = RunFolder.create(tmp_path / "run", {})
     run.save_checkpoint(1, {"a": lambda path: path.write_text("x")}, {}, keep_last=2)
     # Killed between the two renames of a folder that was written again, and while small files were written.
@@ -233,6 +269,7 @@ def test_reopen_clears_what_a_kill_left_and_puts_back_what_waited(tmp_path):
 
 
 def test_a_run_at_work_is_not_taken_up_and_its_death_frees_it(tmp_path):
+    """(T29): no lock outlives its process"""
     code = (
         "import os, sys; from trainer_lite import RunFolder; run = RunFolder.create(sys.argv[1], {})\n"
         "child = os.fork()\n"

@@ -44,6 +44,7 @@ def test_pieces_are_stacked_sliced_and_transformed(tmp_path: Path) -> None:
 
 
 def test_all_differences_are_listed_and_nothing_is_written() -> None:
+    """(T24)"""
     kept, wrong = torch.zeros(3, 4), torch.zeros(5)
     recipes = {"a": [Piece("a")], "b": [Piece("b")], "c": [Piece("gone")]}
     with pytest.raises(WeightsError) as caught:
@@ -56,6 +57,7 @@ def test_all_differences_are_listed_and_nothing_is_written() -> None:
 
 
 def test_allowed_missing_and_ignored_are_left(tmp_path: Path) -> None:
+    """(T24)"""
     target = {"a": torch.zeros(3, 4), "new.weight": torch.ones(2)}
     left = load_tensors(TensorDict(tensors()), target, {"a": [Piece("a")]}, ignored=["b", "s"], allow_missing=["new.*"])
     assert left == ["new.weight"]
@@ -107,12 +109,16 @@ class Payload:
 
 
 def test_a_pickle_with_code_is_refused_unrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """(T24)"""
     torch.save({"weight": torch.zeros(1), "bad": Payload()}, tmp_path / "bad.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload()))
     for name in ("bad.pt", "plain.pt"):
         with pytest.raises(WeightsError, match="nothing in it was run"):
             open_pickled(tmp_path / name)
     assert "code ran" not in capsys.readouterr().out
+    # The control: whoever trusts the file runs it.
+    torch.load(tmp_path / "bad.pt", weights_only=False)
+    assert "code ran" in capsys.readouterr().out
 
 
 def test_a_pickled_state_is_found_inside_its_checkpoint(tmp_path: Path) -> None:

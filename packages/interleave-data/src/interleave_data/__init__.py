@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .changes import shard_changes as shard_changes
     from .config import DataFile as DataFile
     from .config import DataFileError as DataFileError
     from .config import ImageLimits as ImageLimits
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .plan import Plan as Plan
     from .plan import PlannedPack as PlannedPack
     from .record_source import RecordSource as RecordSource
-    from .record_source import shard_changes as shard_changes
     from .samples import FileBytes as FileBytes
     from .samples import ImagePart as ImagePart
     from .samples import Part as Part
@@ -129,7 +129,7 @@ _HOMES = {
     "open_sources": "opening",
     "pack": "packing",
     "samples_digest": "samples",
-    "shard_changes": "record_source",
+    "shard_changes": "changes",
 }
 
 

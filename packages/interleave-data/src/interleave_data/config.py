@@ -16,6 +16,9 @@ ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 RatioUnit = Literal["samples", "tokens"]
 """What ratios are counted in."""
 
+CutShards = Literal["error", "skip"]
+"""What becomes of a shard that is shorter than its index says."""
+
 
 class ImageLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the image gate lets in. All limits but the formats' own errors are checked before any pixel is decoded."""
@@ -123,6 +126,9 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """For VLFeedback: the lowest mean rating, of 1 to 5, that a preferred answer may have."""
     indexed_only: bool = False
     """Whether shards that have no index yet are left out, so that a run may start while they are being indexed."""
+    cut_shards: CutShards = "error"
+    """What becomes of a shard that is shorter than its index says. `error`: it is not opened. `skip`: each sample that
+    was cut off is skipped in its place and counted, and all others keep theirs."""
 
     def __post_init__(self) -> None:
         """Refuse an unusable source.

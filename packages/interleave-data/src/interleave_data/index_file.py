@@ -174,17 +174,18 @@ class ShardIndex:
         write_arrays(index_path(shard), metadata, self.arrays, indexed_at_ns)
 
     @classmethod
-    def load(cls, shard: str) -> "ShardIndex":
+    def load(cls, shard: str, *, may_be_cut: bool = False) -> "ShardIndex":
         """Map the index beside a shard.
 
         Raises:
-            ShardError: as `read_header`, or the shard has another size.
+            ShardError: as `read_header`, or the shard has another size; with `may_be_cut` only a larger one.
             OSError: there is none, or it cannot be read.
         """
         header = read_header(shard)
         if header is None:
             raise ShardError(f"{index_path(shard)}: expected an index of version {VERSION}, got none; index it again")
-        header.check_size(shard)
+        if not (may_be_cut and header.is_cut(shard)):
+            header.check_size(shard)
         return cls(header.kind, header.shard_bytes, header.num_samples, header.digest, map_arrays(index_path(shard)))
 
 
@@ -208,8 +209,37 @@ class IndexHeader:
         if found != self.shard_bytes:
             raise ShardError(
                 f"{shard}: expected {self.shard_bytes} bytes with {self.num_samples} samples as indexed, got {found} "
-                "bytes; copy the shard again, or if it was changed on purpose index it again (tools/index.py)"
+                f"bytes with {self.num_whole(shard)} of them whole; copy the shard again, or if it was changed on "
+                "purpose index it again (tools/index.py)"
             )
+
+    def is_cut(self, shard: str) -> bool:
+        """Whether the shard is shorter than it was when it was indexed.
+
+        Raises:
+            OSError: there is no such shard.
+        """
+        return os.path.getsize(shard) < self.shard_bytes
+
+    def num_whole(self, shard: str) -> int:
+        """Samples that lie whole within the bytes that the shard has now, by its index; of a cut parquet file none.
+
+        Raises:
+            ShardError: as `map_arrays`.
+            OSError: as `map_arrays`, or there is no such shard.
+        """
+        num_bytes = os.path.getsize(shard)
+        if self.kind == "parquet":
+            # What says how to read it is at its end.
+            return self.num_samples if num_bytes >= self.shard_bytes else 0
+        # All of these columns are of this type.
+        arrays = cast(dict[str, NDArray[np.int64]], map_arrays(index_path(shard)))
+        is_lost = arrays["offset"] + arrays["size"] > num_bytes
+        if self.kind == "json":
+            return int(np.count_nonzero(~is_lost))
+        num_lost = np.append(0, np.cumsum(is_lost))
+        first_member = arrays["first_member"]
+        return int(np.count_nonzero(num_lost[first_member[1:]] == num_lost[first_member[:-1]]))
 
 
 def read_header(shard: str) -> IndexHeader | None:
@@ -237,19 +267,19 @@ def read_header(shard: str) -> IndexHeader | None:
         raise ShardError(_not_whole(path, f"a header without what it should say ({error})")) from error
 
 
-def fresh_header(shard: str) -> IndexHeader | None:
+def fresh_header(shard: str, *, may_be_cut: bool = False) -> IndexHeader | None:
     """Read the head of an index that can be used; None if there is none, or the shard was written to since.
 
     A shard that kept its size but is newer than its index may have been edited. One of another size is refused: of a
-    shard that was cut, a new index would show nothing.
+    shard that was cut, a new index would show nothing. With `may_be_cut` the old index of a cut shard can be used.
 
     Raises:
         ShardError: the index is damaged, or the shard has another size.
         OSError: the shard or its index cannot be read.
     """
     header = read_header(shard)
-    if header is None:
-        return None
+    if header is None or (may_be_cut and header.is_cut(shard)):
+        return header
     header.check_size(shard)
     return header if os.stat(index_path(shard)).st_mtime_ns >= os.stat(shard).st_mtime_ns else None
 

@@ -31,7 +31,7 @@ def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIn
 
     Raises:
         DataFileError: if a path matches nothing, an image root is no folder, or a shard cannot hold the format.
-        ShardError: if a shard is cut or damaged, or has another size than was indexed.
+        ShardError: if a shard is damaged, or has another size than was indexed (a smaller one: see `cut_shards`).
     """
     layout = FORMATS[cfg.format]
     settings: dict[str, Setting] = {name: getattr(cfg, name) for name in layout.settings}
@@ -52,6 +52,7 @@ def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIn
             settings={"format": cfg.format, **settings},
             lengths=lengths,
             indexed_only=cfg.indexed_only,
+            cut_shards=cfg.cut_shards,
             window=cfg.window,
             on_index=on_index,
         )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
+from .changes import source_changes
 from .config import PlanConfig
 from .errors import SkipReason, SkipSample
 from .order import Draw, Mixture, refuse_other_settings
@@ -180,26 +181,42 @@ class Plan:
             "packer": self._packer.state_dict(lambda entry: [*entry.draw, entry.is_cut]),
         }
 
-    def load_state_dict(self, state: Mapping[str, object], *, accept_data_change: bool = False) -> list[str]:
-        """Continue from a saved state; return the names of sources that begin anew because they have changed.
+    def changes(
+        self, state: Mapping[str, object], saved_shards: Mapping[str, Mapping[str, str]] | None = None
+    ) -> dict[str, str]:
+        """Say in words of each source that is new, gone or other than when this was saved what is different.
+
+        `saved_shards`: digests of each source's shards then, where they were kept (`changes.shards_of`).
+        """
+        saved = cast(Mapping[str, str], state["fingerprints"])
+        return source_changes(saved, saved_shards or {}, self.sources)
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, object],
+        *,
+        accept_data_change: bool = False,
+        saved_shards: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> dict[str, str]:
+        """Continue from a saved state; return the sources that begin anew, each with what is different about it.
 
         With `accept_data_change` a source that is new or has changed is drawn from its beginning, what waited of
-        changed and removed ones is forgotten, and all others keep their place.
+        changed and removed ones is forgotten, and all others keep their place. `saved_shards`: as for `changes`.
 
         Raises:
             ValueError: a setting is not what it was, or a source without `accept_data_change`.
         """
-        saved = cast(Mapping[str, str], state["fingerprints"])
-        now = {source.name: source.fingerprint for source in self.sources}
-        changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+        changed = self.changes(state, saved_shards)
         if changed and not accept_data_change:
             raise ValueError(
                 f"stream state: expected the sources it was saved with, got others or changed ones: "
-                f"{', '.join(changed)}; restore the files and settings, accept the change, or start anew"
+                f"{', '.join(f'{name} ({what})' for name, what in changed.items())}; restore the files and settings, "
+                "accept the change, or start anew"
             )
         refuse_other_settings("plan state", {"too_long": self.cfg.too_long}, state)
         mixture = cast(Mapping[str, object], state["mixture"])
-        names, places = cast(list[str], mixture["sources"]), {name: place for place, name in enumerate(now)}
+        names = cast(list[str], mixture["sources"])
+        places = {source.name: place for place, source in enumerate(self.sources)}
         self._mixture.load_state_dict(mixture, restart=frozenset(changed) if accept_data_change else None)
 
         def remake(name: object, size: Size) -> Entry | None:
@@ -211,7 +228,7 @@ class Plan:
 
         self._packer.load_state_dict(cast(Mapping[str, object], state["packer"]), remake)
         self.number = cast(int, state["number"])
-        return [name for name in changed if name in now]
+        return {name: what for name, what in changed.items() if name in places}
 
     def _entry(self, draw: Draw, index: int) -> Entry:
         """Find out a sample's size.

@@ -15,6 +15,7 @@ from hashlib import sha256
 import msgspec
 import numpy as np
 
+from .config import CutShards
 from .containers import Shard, ShardRecord, make_index, open_shard, shard_kind
 from .errors import ShardError, SkipSample
 from .formats import Setting
@@ -43,6 +44,7 @@ class RecordSource:
         settings: Mapping[str, Setting] | None = None,
         lengths: str | None = None,
         indexed_only: bool = False,
+        cut_shards: CutShards = "error",
         window: int | None = None,
         on_index: OnIndex | None = None,
     ) -> None:
@@ -50,7 +52,8 @@ class RecordSource:
 
         `settings` name the format and all that it depends on, for the fingerprint. `lengths` is the fingerprint of what
         measured the samples (see `measure`). With `indexed_only` a shard without an index is left out (`num_left_out`).
-        `window`: samples that are shuffled together, None for all.
+        With `cut_shards` skip a shard may be shorter than was indexed: what is cut off raises `SkipSample` when it is
+        asked for. `window`: samples that are shuffled together, None for all.
 
         Raises:
             ShardError: if a shard is cut or damaged, or has another size than was indexed.
@@ -65,6 +68,7 @@ class RecordSource:
         """Shards without an index that were left out."""
         self._read = read
         self._settings = dict(settings or {})
+        self._may_be_cut = cut_shards == "skip"
         self._lengths = None if lengths is None else _lengths_fingerprint(lengths, self._settings)
         folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
         self._image_root = os.path.commonpath(folders) if image_root is None else image_root
@@ -73,7 +77,7 @@ class RecordSource:
         # Only of shards whose folder cannot be written to.
         self._in_memory: dict[int, ShardIndex] = {}
         for path in paths:
-            header = fresh_header(path)
+            header = fresh_header(path, may_be_cut=self._may_be_cut)
             if header is None and indexed_only:
                 self.num_left_out += 1
                 continue
@@ -82,6 +86,14 @@ class RecordSource:
             if header.kind != shard_kind(path):
                 raise ShardError(
                     f"{path}: expected an index of such a file, got one of a {header.kind}; index it again"
+                )
+            if header.is_cut(path):
+                _log.warning(
+                    "%s: %s is cut: %d of its %d samples are not whole; what cannot be read is skipped (cut_shards)",
+                    name,
+                    path,
+                    header.num_samples - header.num_whole(path),
+                    header.num_samples,
                 )
             self._paths.append(path)
             self._headers.append(header)
@@ -114,7 +126,7 @@ class RecordSource:
 
     @property
     def shards(self) -> dict[str, str]:
-        """Digest of each shard by its name, in order: what `shard_changes` compares."""
+        """Digest of each shard by its name, in order."""
         return {name: header.digest for name, header in zip(self._names, self._headers, strict=True)}
 
     def __len__(self) -> int:
@@ -207,7 +219,7 @@ class RecordSource:
             self._open.move_to_end(number)
             return found
         path, header = self._paths[number], self._headers[number]
-        index = self._in_memory.get(number) or ShardIndex.load(path)
+        index = self._in_memory.get(number) or ShardIndex.load(path, may_be_cut=self._may_be_cut)
         if index.digest != header.digest:
             raise ShardError(f"{path}: expected the index of when it was opened, got another; start anew or resume")
         lengths = None if self._lengths is None else Lengths.load(path, self._lengths, header)
@@ -241,22 +253,6 @@ class RecordImages(Images):
 def _lengths_fingerprint(measured_by: str, settings: Mapping[str, Setting]) -> str:
     """Name the lengths of a shard: of the same records another format makes other samples."""
     return sha256(msgspec.json.encode([measured_by, sorted(settings.items())])).hexdigest()[:16]
-
-
-def shard_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Say in words how the shards of a source differ from those that were saved; empty if they do not."""
-    kept = [name for name in now if name in saved]
-    changes = {
-        "removed": [name for name in saved if name not in now],
-        "added": [name for name in now if name not in saved],
-        "changed": [name for name in kept if saved[name] != now[name]],
-        "in another order": [] if kept == [name for name in saved if name in now] else kept,
-    }
-    return "; ".join(f"{what}: {_some(names)}" for what, names in changes.items() if names)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _shard_names(paths: Sequence[str]) -> list[str]:

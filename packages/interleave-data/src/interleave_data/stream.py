@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, cast
 
+from .changes import shards_of
 from .config import PlanConfig
 from .errors import SkipCounter
 from .making import Encoded, Encoder, Made, Maker, Packed
@@ -128,11 +129,23 @@ class Stream(Generic[Encoded, Packed]):
         return self._plan_at(self._consumed).epochs()
 
     def state_dict(self) -> dict[str, object]:
-        """What has been consumed, as plain data that JSON can hold."""
-        return {"plan": dict(self._consumed), "skips": self.skips.state_dict()}
+        """What has been consumed, and of which shards, as plain data that JSON can hold."""
+        shards = shards_of(self._maker.sources)
+        return {"plan": dict(self._consumed), "skips": self.skips.state_dict(), "shards": shards}
 
-    def load_state_dict(self, state: Mapping[str, object], *, accept_data_change: bool = False) -> list[str]:
-        """Continue from a saved state; return the names of sources that begin anew because they have changed.
+    def changes(self, state: Mapping[str, object]) -> list[str]:
+        """Say in words how the data differ from those that a state was saved with; empty if they do not."""
+        plan = cast(Mapping[str, object], state["plan"])
+        changed = self._maker.new_plan().changes(plan, _saved_shards(state))
+        # As JSON has them, in the order of the sources.
+        before, now = list(cast(Mapping[str, str], plan["fingerprints"])), [one.name for one in self._maker.sources]
+        words = [f"{name} ({what})" for name, what in changed.items()]
+        if [name for name in before if name in now] != [name for name in now if name in before]:
+            words.append(f"the sources in another order ({', '.join(now)})")
+        return words
+
+    def load_state_dict(self, state: Mapping[str, object], *, accept_data_change: bool = False) -> dict[str, str]:
+        """Continue from a saved state; return the sources that begin anew, each with what is different about it.
 
         With `accept_data_change` a source that is new or has changed is drawn from its beginning, and all others keep
         their place.
@@ -143,7 +156,9 @@ class Stream(Generic[Encoded, Packed]):
         self.close()
         plan = self._maker.new_plan()
         restarted = plan.load_state_dict(
-            cast(Mapping[str, object], state["plan"]), accept_data_change=accept_data_change
+            cast(Mapping[str, object], state["plan"]),
+            accept_data_change=accept_data_change,
+            saved_shards=_saved_shards(state),
         )
         self.skips.load_state_dict(cast(Mapping[str, object], state["skips"]))
         self._consumed = plan.state_dict()
@@ -170,3 +185,8 @@ class Stream(Generic[Encoded, Packed]):
         if self._num_workers == 0:
             return self._maker.make(self._consumed)
         return WorkerPool(self._maker, self._consumed, self._num_workers, self._timeout_s)
+
+
+def _saved_shards(state: Mapping[str, object]) -> Mapping[str, Mapping[str, str]]:
+    """Of a state from before shards were kept, none."""
+    return cast(Mapping[str, Mapping[str, str]], state.get("shards", {}))

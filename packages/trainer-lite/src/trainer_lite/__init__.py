@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .contract import ModelFiles as ModelFiles
     from .contract import StepModel as StepModel
     from .contract import Stream as Stream
+    from .contract import TellsChanges as TellsChanges
     from .loop import FitResult as FitResult
     from .loop import NonFiniteError as NonFiniteError
     from .loop import Trainer as Trainer
@@ -63,6 +64,7 @@ _HOMES = {
     "StepRecord": "metrics",
     "StopFlag": "stop",
     "Stream": "contract",
+    "TellsChanges": "contract",
     "TqdmProgress": "progress",
     "TrainConfig": "config",
     "Trainer": "loop",
@@ -99,6 +101,7 @@ __all__ = [
     "StepRecord",
     "StopFlag",
     "Stream",
+    "TellsChanges",
     "TqdmProgress",
     "TrainConfig",
     "Trainer",

@@ -84,6 +84,15 @@ class Stream(Protocol[BatchT_co]):
 
 
 @runtime_checkable
+class TellsChanges(Protocol):
+    """A stream that can say what is different about its data."""
+
+    def changes(self, state: dict[str, Any]) -> list[str]:
+        """How the data differ from those that a state was saved with, in words; empty if they do not."""
+        ...
+
+
+@runtime_checkable
 class ModelFiles(Protocol):
     """How a model goes into a checkpoint folder and comes back."""
 

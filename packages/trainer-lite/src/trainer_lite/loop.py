@@ -32,7 +32,7 @@ from interleave_data import samples_digest
 
 from .background import BackgroundSave
 from .config import TrainConfig
-from .contract import BatchT, ModelFiles, StepModel, Stream
+from .contract import BatchT, ModelFiles, StepModel, Stream, TellsChanges
 from .guards import LeftOut, is_spike, left_out, with_loss
 from .metrics import StepRecord, format_count, format_record
 from .optimizer import Optimizers
@@ -142,11 +142,13 @@ class Trainer(Generic[BatchT]):
             )
         differences = config_differences(saved.config, self.cfg)
         if saved.data_fingerprint != self.data_fingerprint and not accept_data_change:
-            differences.append(f"data: {saved.data_fingerprint!r} in the checkpoint, {self.data_fingerprint!r} now")
+            words = self.stream.changes(saved.stream) if isinstance(self.stream, TellsChanges) else []
+            words = words or [f"{saved.data_fingerprint!r} in the checkpoint, {self.data_fingerprint!r} now"]
+            differences.append(f"data: {', '.join(words)}")
         if differences and not accept_changes:
             raise ValueError(
                 f"checkpoint {folder}: expected the same settings and data, got {'; '.join(differences)}; "
-                "restore them or accept the changes"
+                "restore them or accept the changes (of data alone: accept_data_change)"
             )
         self.files.load(folder)
         self.counters = saved.counters
