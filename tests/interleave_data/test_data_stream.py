@@ -10,6 +10,7 @@ import pytest
 from interleave_data import (
     Encoder,
     InMemory,
+    Plan,
     PlanConfig,
     Sample,
     Size,
@@ -387,7 +388,7 @@ def test_a_source_without_any_good_sample_ends_the_run():
     counter = SkipCounter(SkipLimits(max_share=1.0, max_consecutive=100))
     spoilt = Raising(SkipSample(SkipReason.NOT_AN_IMAGE, "html"))
     with pytest.raises(
-        TooManySkips, match=r"a: expected fewer than 100 .* got 100 \(not_an_image 100\).*a:\d: not_an"
+        TooManySkips, match=r"a: expected fewer than 100 .* got 100 \(not_an_image 100\).*was \d: not_an"
     ) as error:
         next(stream(spoilt, [source("a", 3)], ratios=None, skips=counter))
     assert isinstance(error.value.__cause__, SkipSample)
@@ -425,3 +426,25 @@ def test_counter_continues_from_its_state():
     assert (other.table(), other.num_seen("a"), other.num_seen("b")) == ({"a": {"too_long": 2}}, 3, 0)
     with pytest.raises(TooManySkips, match="3 bad samples in a row"):
         other.skip("a", bad)
+
+
+def test_a_run_of_skips_ends_with_a_good_sample_that_still_waits():
+    """Holes are told with the pack that is being filled: good samples between them are counted later."""
+
+    class EverySecond(Letters):
+        def measure(self, sample, limit=None, /) -> Size:
+            if int(sample.turns[0].parts[0].text.split()[1]) % 2:
+                raise SkipSample(SkipReason.BAD_RECORD, "odd")
+            return Size(1, 0)
+
+    made = Plan([source("a", 40)], EverySecond().measure, PlanConfig(max_tokens=64, look_ahead=30))
+    counter = SkipCounter(SkipLimits(max_share=1.0, max_consecutive=20))
+    holes = [hole for pack in islice(made, 2) for hole in pack.holes]
+    assert len(holes) > 20
+    for hole in holes:
+        counter.skip(hole.source, hole.skip, hole.follows_good)
+    assert counter.by_reason() == {"bad_record": len(holes)}
+    # Also over a save between them.
+    again = Plan([source("a", 40)], EverySecond().measure, PlanConfig(max_tokens=64, look_ahead=30))
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert [pack.holes for pack in islice(again, 3)] == [pack.holes for pack in islice(made, 3)]

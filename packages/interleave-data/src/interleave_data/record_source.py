@@ -19,6 +19,7 @@ from .containers import Shard, ShardRecord, make_index, open_shard, shard_kind
 from .errors import ShardError, SkipSample
 from .formats import Setting
 from .index_file import IndexHeader, Lengths, ShardIndex, fresh_header
+from .parquet_shards import RowGroups
 from .records import Body, Format, Images, PreferenceBody
 from .samples import ImagePart, PreferenceSample, Sample, Size
 from .sources import AnySample, printable
@@ -88,6 +89,7 @@ class RecordSource:
         self._names = _shard_names(self._paths)
         self._ends = np.cumsum([header.num_samples for header in self._headers], dtype=np.int64)
         self._open: OrderedDict[int, tuple[Shard, Lengths | None]] = OrderedDict()
+        self._groups = RowGroups()
         whole = msgspec.json.encode([list(self.shards.items()), sorted(self._settings.items())])
         self.fingerprint = sha256(whole).hexdigest()[:16]
         """Digest of the shards' names, order and contents and the format's settings; not of folders, nor of times."""
@@ -125,7 +127,7 @@ class RecordSource:
 
         Raises:
             SkipSample: if it is bad, with its shard and key.
-            ShardError: if the shard's index has been replaced.
+            ShardError: if the shard or its index is gone, or another one.
             IndexError: if there is no such sample.
         """
         record = self.record(index)
@@ -142,7 +144,7 @@ class RecordSource:
         """Refer to the record of a sample, before any format.
 
         Raises:
-            ShardError: if the shard's index has been replaced.
+            ShardError: if the shard or its index is gone, or another one.
             IndexError: if there is no such sample.
         """
         shard, row = self._locate(index)
@@ -190,7 +192,7 @@ class RecordSource:
         """(width, height) in pixels of the pictures that lie in the record, from the index; 0, 0 where it is unknown.
 
         Raises:
-            ShardError: if the shard's index has been replaced.
+            ShardError: if the shard or its index is gone, or another one.
             IndexError: if there is no such sample.
         """
         return self.record(index).image_sizes()
@@ -207,11 +209,16 @@ class RecordSource:
             self._open.move_to_end(number)
             return found
         path, header = self._paths[number], self._headers[number]
-        index = self._in_memory.get(number) or ShardIndex.load(path)
+        try:
+            index = self._in_memory.get(number) or ShardIndex.load(path)
+            lengths = None if self._lengths is None else Lengths.load(path, self._lengths, header)
+        except OSError as error:
+            raise ShardError(
+                f"{path}: expected it and its index as they were opened, got {error}; put them back and resume"
+            ) from error
         if index.digest != header.digest:
             raise ShardError(f"{path}: expected the index of when it was opened, got another; start anew or resume")
-        lengths = None if self._lengths is None else Lengths.load(path, self._lengths, header)
-        found = self._open[number] = open_shard(path, self._names[number], index), lengths
+        found = self._open[number] = open_shard(path, self._names[number], index, self._groups), lengths
         if len(self._open) > _MAX_OPEN_SHARDS:
             self._open.popitem(last=False)
         return found

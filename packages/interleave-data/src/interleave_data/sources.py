@@ -91,7 +91,8 @@ def path_inside(root: str, path: str) -> str:
     real_root = os.path.realpath(root)
     real = os.path.realpath(os.path.join(real_root, path))
     if os.path.commonpath([real_root, real]) != real_root:
-        raise SkipSample(SkipReason.PATH_REFUSED, f"expected a path inside the image root, got {path!r}")
+        detail = f"expected a path inside the image root, got {path!r}, which is {real!r}"
+        raise SkipSample(SkipReason.PATH_REFUSED, f"{detail}; name an image_root that holds both")
     return real
 
 
