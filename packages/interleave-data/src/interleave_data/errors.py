@@ -32,7 +32,12 @@ class SkipReason(StrEnum):
     NO_TARGETS = "no_targets"
     TOO_LONG = "too_long"
     UNWANTED = "unwanted"
-    """Nothing is wrong with it, but its layout's own rule leaves it out: not counted into the share of bad samples."""
+    """Nothing is wrong with it, but its layout's own rule leaves it out."""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether it counts into the share of bad samples: not what is left out on purpose (`too_long`, `unwanted`)."""
+        return self not in (SkipReason.TOO_LONG, SkipReason.UNWANTED)
 
 
 class SkipSample(Exception):  # noqa: N818  (a request to the reader, not an error of the program)
@@ -100,8 +105,8 @@ class SkipCounter:
         count.skipped[skip.reason.value] = count.skipped.get(skip.reason.value, 0) + 1
         if self._on_skip is not None:
             self._on_skip(source, skip)
-        # A run of unwanted ones still counts: a rule that lets nothing through would be read against for ever.
-        total = sum(n for reason, n in count.skipped.items() if reason != SkipReason.UNWANTED)
+        # A run of such as are not bad still counts: a rule that lets nothing through would be read against for ever.
+        total = sum(n for reason, n in count.skipped.items() if SkipReason(reason).is_bad)
         by_reason = ", ".join(f"{reason} {n}" for reason, n in sorted(count.skipped.items()))
         if count.consecutive >= self.limits.max_consecutive:
             raise TooManySkips(

@@ -22,7 +22,7 @@ from .errors import DataError, SkipReason, SkipSample
 from .order import Draw, Mixture, refuse_other_settings
 from .packing import Packer
 from .samples import Size
-from .sources import AnySample, HasSizes, Source
+from .sources import AnySample, HasPlaces, HasSizes, Source
 
 _MOST_HOLES = 100
 """Holes that are handed out at the latest, with a pack of nothing: a source of bad samples alone must not plan on for
@@ -138,6 +138,7 @@ class Plan:
                 self._packer.push(entry, *entry.size)
             except SkipSample as skip:
                 name = self.sources[draw.source].name
+                skip.where = skip.where or self._place(draw.source, index)
                 holes.append(Hole.of(name, index, skip, name in self._good))
                 self._good.discard(name)
             else:
@@ -246,8 +247,9 @@ class Plan:
             sample = sample or self._read(draw.source, index)
             size = self._size_of(sample, self._limit)
         if not self._packer.fits(size) and self.cfg.too_long == "error":
+            place = self._place(draw.source, index) or index
             raise DataError(
-                f"{source.name}:{index}: expected at most {self.cfg.max_tokens} tokens and "
+                f"{source.name}/{place}: expected at most {self.cfg.max_tokens} tokens and "
                 f"{self.cfg.max_tiles or 'any number of'} tiles, got {size.tokens} and {size.tiles}; raise the budget "
                 "or shorten it"
             )
@@ -259,6 +261,10 @@ class Plan:
         except SkipSample as skip:
             skip.where = skip.where or sample.id
             raise
+
+    def _place(self, source: int, index: int) -> str:
+        found = self.sources[source]
+        return found.place(index) if isinstance(found, HasPlaces) else ""
 
     def _read(self, source: int, index: int) -> AnySample:
         self.reading = f"{self.sources[source].name}:{index}"

@@ -150,6 +150,15 @@ class RecordSource:
         shard, row = self._locate(index)
         return self._shard(shard)[0].record(row)
 
+    def place(self, index: int) -> str:
+        """Shard and key or number of a sample, its id; no sample is read.
+
+        Raises:
+            ShardError: if the shard or its index is gone, or another one.
+            IndexError: if there is no such sample.
+        """
+        return self.record(index).where
+
     def size(self, index: int) -> Size | None:
         """What a sample comes to in tokens and tiles; None if it was not measured, or could not be.
 

@@ -47,6 +47,15 @@ class HasSizes(Protocol):
         ...
 
 
+@runtime_checkable
+class HasPlaces(Protocol):
+    """A source that can say where a sample lies without reading it."""
+
+    def place(self, index: int) -> str:
+        """Shard and key or number, which is the sample's id."""
+        ...
+
+
 @dataclass(frozen=True)
 class InMemory:
     """Samples that are already there: drawn by the program, or a handful in a test."""
