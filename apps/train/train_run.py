@@ -145,6 +145,8 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
     result = fit_stage(trainer, model)
     if result.checkpoint is not None:
         say(f"checkpoint {result.checkpoint}")
+    if run_folder.skips.path.exists():
+        say(f"samples that were left out: {run_folder.skips.path}")
     if stop.is_set:
         say(f"stopped at step {result.counters.step}; continue with uv run apps/train {recipe} --out {path} --resume")
         return False

@@ -322,4 +322,4 @@ def test_a_sample_too_long_where_that_is_an_error_is_bad_data(
 ) -> None:
     flags = ["--max-tokens", "9", "--too-long", "error", "--num-workers", num_workers]
     assert train("sft", "--data", str(llava_data), *flags, *toy_flags) == 3
-    assert re.search(r"train: toy:\d: expected at most 9 tokens", capsys.readouterr().err)
+    assert re.search(r"train: toy/train\.json:\d: expected at most 9 tokens", capsys.readouterr().err)
