@@ -2,11 +2,13 @@
 
     uv run tools/index.py PATH...                        # shards, folders of them, patterns, or data files
     uv run tools/index.py DATA.toml --checkpoint DIR     # and how many tokens and tiles each sample comes to
+    uv run tools/index.py DATA.toml --checkpoint DIR --views base    # in pre-training, one view a picture
 
 A shard is a .tar, .json, .jsonl or .parquet; its index lies beside it as SHARD.index. What is up to date is passed
 over, so the command can be given again when shards were added, and a run may start meanwhile (`indexed_only = true` in
 its data file). Lengths are exact for the tokenizer and the tiling of the checkpoint, of which only config.json and the
-tokenizer are read. A damaged shard is named at the end and the others are done all the same.
+tokenizer are read, and for the data file's limits on pictures; under others a run measures anew. A damaged shard is
+named at the end and the others are done all the same.
 """
 
 import argparse
@@ -22,10 +24,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from interleave_data import DataFileError, RecordSource, ShardError, SourceConfig, load_data_file
+from interleave_data import DataFileError, ImageLimits, RecordSource, ShardError, SourceConfig, load_data_file
 from interleave_data.containers import SUFFIXES, shard_kind, write_index
 from interleave_data.formats import FORMATS
-from interleave_data.index_file import fresh_header
+from interleave_data.index_file import fresh_header, read_header
 from interleave_data.opening import shard_paths
 
 
@@ -79,14 +81,23 @@ def index_one(path: str, on_bytes: Callable[[int], object] | None = None) -> Don
         return Done(path, num_bytes, 0, error=str(error))
 
 
-def measure_one(checkpoint: Path, cfg: SourceConfig, image_root: str, path: str) -> Done:
+def measure_one(
+    checkpoint: Path,
+    views: str,
+    limits: ImageLimits,
+    cfg: SourceConfig,
+    image_root: str,
+    path: str,
+    on_sample: Callable[[], object] = lambda: None,
+) -> Done:
     """Measure the samples of one shard of a source."""
     from blip3_lite import Processor
     from blip3_lite.checkpoint import read_config
     from blip3_lite.processor import load_tokenizer
 
     config = read_config(checkpoint)
-    processor = Processor(config.model, load_tokenizer(checkpoint / config.tokenizer_file))
+    model = config.model.with_base_views() if views == "base" else config.model
+    processor = Processor(model, load_tokenizer(checkpoint / config.tokenizer_file), limits)
     layout = FORMATS[cfg.format]
     settings = {name: getattr(cfg, name) for name in layout.settings}
     try:
@@ -97,15 +108,20 @@ def measure_one(checkpoint: Path, cfg: SourceConfig, image_root: str, path: str)
             image_root=image_root,
             settings={"format": cfg.format, **settings},
         )
-        num_bad = source.measure(processor.size_fingerprint, processor.measure, lambda: None)
+        num_bad = source.measure(processor.size_fingerprint, processor.measure, on_sample)
     except (ShardError, OSError) as error:
         return Done(path, 0, 0, error=str(error))
     return Done(path, os.path.getsize(path), len(source), num_bad)
 
 
+def is_alone(paths: Sequence[str], num_jobs: int) -> bool:
+    """Whether the work is done in this process, the only one where progress within a shard can be told."""
+    return num_jobs == 1 or len(paths) <= 1
+
+
 def in_parallel(work: Callable[[str], Done], paths: Sequence[str], num_jobs: int) -> Iterable[Done]:
     """Do the shards, as many at a time as there are jobs."""
-    if num_jobs == 1 or len(paths) <= 1:
+    if is_alone(paths, num_jobs):
         yield from map(work, paths)
         return
     # Spawned: the processes of a fork would inherit the threads of torch, or rather not.
@@ -118,15 +134,12 @@ def index_all(paths: Sequence[str], num_jobs: int) -> list[Done]:
     """Index what is not up to date, with rate and time left."""
     waiting = [path for path in paths if not is_up_to_date(path)]
     total = sum(os.path.getsize(path) for path in waiting)
-    is_alone = num_jobs == 1 or len(waiting) <= 1
     done: list[Done] = []
     with tqdm(total=total, desc="index", unit="B", unit_scale=True, disable=None) as bar:
-        # Progress within a shard can be told in this process only.
-        work = partial(index_one, on_bytes=bar.update) if is_alone else index_one
+        work = partial(index_one, on_bytes=bar.update) if is_alone(waiting, num_jobs) else index_one
         for shard in in_parallel(work, waiting, num_jobs):
-            if not is_alone:
-                bar.update(shard.num_bytes)
             done.append(shard)
+            bar.update(sum(one.num_bytes for one in done) - bar.n)
     num_good = sum(not shard.error for shard in done)
     num_samples = sum(shard.num_samples for shard in done)
     print(
@@ -135,18 +148,25 @@ def index_all(paths: Sequence[str], num_jobs: int) -> list[Done]:
     return done
 
 
-def measure_all(data_files: Sequence[str], checkpoint: Path, num_jobs: int) -> list[Done]:
+def measure_all(data_files: Sequence[str], checkpoint: Path, views: str, num_jobs: int) -> list[Done]:
     """Measure every source of the data files."""
     done: list[Done] = []
-    for cfg in (source for path in data_files for source in load_data_file(path).sources):
-        paths = shard_paths(cfg)
-        folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
-        work = partial(measure_one, checkpoint, cfg, cfg.image_root or os.path.commonpath(folders))
+    found = [load_data_file(path) for path in data_files]
+    for limits, cfg in ((data_file.image_limits, source) for data_file in found for source in data_file.sources):
+        paths = [path for path in shard_paths(cfg) if is_up_to_date(path)]
+        if not paths:
+            continue
+        folders = [os.path.dirname(os.path.abspath(path)) for path in shard_paths(cfg)]
+        image_root = cfg.image_root or os.path.commonpath(folders)
+        work = partial(measure_one, checkpoint, views, limits, cfg, image_root)
+        total = sum(header.num_samples for path in paths if (header := read_header(path)) is not None)
         shards: list[Done] = []
-        with tqdm(total=len(paths), desc=f"measure {cfg.name}", unit="shard", disable=None) as bar:
+        with tqdm(total=total, desc=f"measure {cfg.name}", unit="sample", disable=None) as bar:
+            if is_alone(paths, num_jobs):
+                work = partial(work, on_sample=bar.update)
             for shard in in_parallel(work, paths, num_jobs):
-                bar.update()
                 shards.append(shard)
+                bar.update(sum(one.num_samples for one in shards) - bar.n)
         num_samples, num_bad = (
             sum(counts) for counts in zip(*((s.num_samples, s.num_bad) for s in shards), strict=True)
         )
@@ -160,6 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="index", description="Write the indexes of shards.")
     parser.add_argument("path", nargs="+", help="a shard, a folder, a pattern, or a data file")
     parser.add_argument("--checkpoint", type=Path, help="measure the samples of data files for this model too")
+    parser.add_argument(
+        "--views", choices=["tiles", "base"], default="tiles", help="pictures as the stage takes them; base: one view"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args()
     if args.jobs < 1:
@@ -170,7 +193,7 @@ def main() -> None:
     try:
         done = index_all(find_shards(args.path), args.jobs)
         if args.checkpoint:
-            done += measure_all(data_files, args.checkpoint, args.jobs)
+            done += measure_all(data_files, args.checkpoint, args.views, args.jobs)
     except (DataFileError, ValueError) as error:
         parser.error(str(error))
     failed = {shard.path: shard.error for shard in done if shard.error}

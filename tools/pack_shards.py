@@ -5,8 +5,9 @@
 
 FOLDER becomes caption pairs (format `captions`), with KEY.jpg and KEY.txt as they are. RECORDS of any format become
 KEY.json with KEY.0.jpg, KEY.1.jpg … for the pictures that they name under `image`, `images`, `img_path`, `url` or
-`image_url` (paths under --image-root, bytes, or web addresses whose pictures lie there); the members' names take their
-places. They are read by the format that they were read by before. Nothing is fetched.
+`image_url`, or, as MMC4 does, in each `image_info` (paths under --image-root, bytes, or addresses whose pictures lie
+there); the members' names take their places. They are read by the format that they were read by before. Nothing is
+fetched.
 
 The same input gives the same bytes. Each shard is written under a temporary name, synced and renamed. A record whose
 pictures cannot be had is left out, counted and named.
@@ -18,8 +19,8 @@ import io
 import os
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import cast
 
@@ -100,6 +101,12 @@ def _record_members(fields: dict[str, object], images: Images, sample: str) -> M
             known[same] = f"{sample}.{suffix}"
         return known[same]
 
+    if isinstance(fields.get("image_info"), list):
+        # MMC4's: `image_name`, or where that is not set the picture of `raw_url`.
+        infos = [dict(cast("dict[str, object]", info)) for info in cast("list[object]", fields["image_info"])]
+        for info in infos:
+            info["image_name"] = stored(info.get("image_name") or info.get("raw_url"))
+        fields["image_info"] = infos
     for name in _FIELDS:
         value = fields.get(name)
         if name in ("url", "image_url") and pictures:
@@ -121,27 +128,32 @@ def _suffix(data: bytes) -> str:
         return "jpg"
 
 
-def write_shard(path: Path, samples: Sequence[Members], first: int) -> None:
-    """Write one shard whole, and its index.
+def write_shard(path: Path, samples: Iterable[Members], first: int) -> int:
+    """Write one shard whole, sample by sample, and its index; return how many samples there were.
 
     Raises:
         OSError: the folder cannot be written to, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    number = first
     try:
         with temporary.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for number, members in enumerate(samples, first):
+                for members in samples:
                     for suffix, data in members:
                         info = tarfile.TarInfo(f"{_key(number)}.{suffix}")
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
+                    # `tarfile` keeps every member it has written.
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  (absent from the stubs only)
+                    number += 1
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     write_index(str(path))
+    return number - first
 
 
 def pack(samples: Iterator[tuple[str, Members]], out: Path, samples_per_shard: int) -> int:
@@ -150,13 +162,13 @@ def pack(samples: Iterator[tuple[str, Members]], out: Path, samples_per_shard: i
     Raises:
         OSError: as `write_shard`.
     """
-    first = 0
-    number = 0
+    first = number = 0
     with tqdm(desc="pack", unit="sample", disable=None) as bar:
-        while chunk := [members for _, members in islice(samples, samples_per_shard)]:
-            write_shard(out / f"{number:06}.tar", chunk, first)
-            bar.update(len(chunk))
-            first += len(chunk)
+        for one in samples:
+            rest = islice(samples, samples_per_shard - 1)
+            num_written = write_shard(out / f"{number:06}.tar", (members for _, members in chain([one], rest)), first)
+            bar.update(num_written)
+            first += num_written
             number += 1
     print(f"{first} samples in {number} shards, in {out}")
     return first
@@ -184,11 +196,11 @@ def main() -> None:
         if not paths:
             parser.error(f"{args.source}: expected a folder, .json, .jsonl or .parquet, got none; check the path")
         samples = record_samples(paths, Images(str(args.image_root or Path(paths[0]).parent)), skips)
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         num_samples = pack(samples, args.out, args.samples_per_shard)
-    except ValueError as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        sys.exit(f"pack_shards: {error}")
     if left_out := skips.by_reason():
         print("left out: " + ", ".join(f"{reason} {count}" for reason, count in left_out.items()))
     if not num_samples:

@@ -19,6 +19,7 @@ from pathlib import Path
 from interleave_data import ShardError, load_data_file, open_sources
 from preview_data import first_draws, is_short, make_reader, scan
 from preview_page import write_page
+from trainer_lite import IndexProgress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         data_file = load_data_file(args.data)
         reader = make_reader(data_file, args.checkpoint, args.tokenizer)
-        sources = open_sources(data_file)
+        with IndexProgress() as on_index:
+            sources = open_sources(data_file, on_index=on_index)
         places = list(islice(first_draws(sources, data_file, args.seed, reader), args.num))
         found = scan(sources, data_file, args.seed, reader, max(args.scan, args.num))
         made_with = str(args.checkpoint or args.tokenizer or "tiles as xGen-MM v1.5 cuts them, no tokenizer")

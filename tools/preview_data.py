@@ -165,8 +165,8 @@ def _tokenizer_of_file(path: Path) -> HFTokenizer:
 
 def first_draws(sources: Sequence[Source], data_file: DataFile, seed: int, reader: Reader) -> Iterator[Place]:
     """Draw as training does; of a mixture in tokens each draw is read, and without a tokenizer a character counts."""
-    ratios = [source.ratio for source in data_file.sources]
-    mixture = Mixture(sources, ratios, seed=seed, unit=data_file.ratio_unit)
+    ratios, epochs = zip(*((source.ratio, source.epochs) for source in data_file.sources), strict=True)
+    mixture = Mixture(sources, ratios, seed=seed, unit=data_file.ratio_unit, epochs=epochs)
     for draw in mixture:
         index = mixture.index(draw)
         if data_file.ratio_unit == "tokens":

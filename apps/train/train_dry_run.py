@@ -14,6 +14,7 @@ from blip3_lite.opening import is_release
 from blip3_lite.presets import xgen_mm_config
 from blip3_lite.xgen_mm import detect_kind, xgen_mm_tokenizer
 from interleave_data import ImageLimits, Plan, PlannedPack, Size, SkipCounter, SkipSample
+from interleave_data.plan import Entry
 from train_config import StageConfig, StageRun
 from train_errors import BadInputError
 from train_objectives import SamplePair
@@ -159,17 +160,25 @@ class Ahead:
     plan: Plan
     packs: list[PlannedPack]
 
-    def mean_of(self, values: Sequence[float]) -> float:
-        """Mean over the packs."""
-        return sum(values) / len(self.packs)
+    @property
+    def drawn(self) -> list[Entry]:
+        """All samples that were drawn. Of the packed ones alone more are long than will be later."""
+        return [*(entry for pack in self.packs for entry in pack.entries), *self.plan.waiting]
 
-    def drawn(self) -> Counter[int]:
-        """Samples of each source."""
-        return Counter(entry.draw.source for pack in self.packs for entry in pack.entries)
+    @property
+    def pack_tokens(self) -> float:
+        """Tokens of a pack, on average."""
+        return sum(pack.size.tokens for pack in self.packs) / len(self.packs)
 
-    def mean_size(self, source: int) -> tuple[float, float]:
-        """Tokens and tiles of a source's samples."""
-        sizes = [entry.size for pack in self.packs for entry in pack.entries if entry.draw.source == source]
+    def samples_a_pack(self) -> dict[int, float]:
+        """By source: as many of its samples as were drawn for the tokens of one pack."""
+        drawn = self.drawn
+        packs = sum(entry.size.tokens for entry in drawn) / self.pack_tokens
+        return {source: count / packs for source, count in Counter(entry.draw.source for entry in drawn).items()}
+
+    def mean_size(self, source: int | None = None) -> tuple[float, float]:
+        """Tokens and tiles of a sample, of one source or any."""
+        sizes = [entry.size for entry in self.drawn if source in (None, entry.draw.source)]
         count = len(sizes) or 1
         return sum(size.tokens for size in sizes) / count, sum(size.tiles for size in sizes) / count
 
@@ -187,7 +196,7 @@ def look_ahead(stage: StageConfig, data: StageData, encoder: StageEncoder, skips
     while len(packs) < _PACKS and num_measured < _MEASURED and (pack := next(plan, None)) is not None:
         num_measured += len(pack.entries)
         for hole in pack.holes:
-            skips.skip(hole.source, hole.skip)
+            skips.skip(hole.source, hole.skip, hole.follows_good)
         for entry in pack.entries:
             skips.keep(data.sources[entry.draw.source].name)
         packs += [pack] if pack.entries else []
@@ -287,31 +296,25 @@ def _memory_lines(
 
 
 def _step_lines(stage: StageConfig, data: StageData, ahead: Ahead, skips: SkipCounter) -> list[str]:
-    packs, batches = ahead.packs, stage.train.accumulation_steps
-    tokens, tiles, samples = (
-        ahead.mean_of([float(value) for value in values])
-        for values in (
-            [pack.size.tokens for pack in packs],
-            [pack.size.tiles for pack in packs],
-            [len(pack.entries) for pack in packs],
-        )
-    )
-    drawn = ahead.drawn()
+    batches, tokens = stage.train.accumulation_steps, ahead.pack_tokens
+    samples = ahead.samples_a_pack()
+    in_all = sum(samples.values()) * batches
     lines = [
         f"tokens a step: {stage.max_tokens * batches:,} at most ({batches} × {stage.max_tokens:,}); of the first "
-        f"{len(packs)} packs on average {tokens * batches:,.0f} ({tokens / stage.max_tokens:.1%}), "
-        f"{samples * batches:.1f} samples, {tiles * batches:.1f} tiles",
+        f"{len(ahead.packs)} packs on average {tokens * batches:,.0f} ({tokens / stage.max_tokens:.1%}), "
+        f"{in_all:.1f} samples, {ahead.mean_size()[1] * in_all:.1f} tiles"
+        + (f"; a pack ends at {_count(stage.max_samples, 'sample')}" if stage.max_samples else ""),
         f"{'source':<24}{'samples':>12}{'tokens each':>14}{'tiles each':>12}{'a step':>10}{'steps an epoch':>16}",
     ]
     for number, source in enumerate(data.sources):
-        a_step = drawn[number] / len(packs) * batches
+        a_step = samples.get(number, 0.0) * batches
         mean_tokens, mean_tiles = ahead.mean_size(number)
         steps = f"{len(source) / a_step:,.1f}" if a_step else "–"
         lines.append(
             f"{source.name:<24}{len(source):>12,}{mean_tokens:>14,.1f}{mean_tiles:>12,.1f}{a_step:>10.1f}{steps:>16}"
         )
     epochs = [
-        f"{stage.train.max_steps * drawn[number] / len(packs) * batches / len(source):.2f} of {source.name}"
+        f"{stage.train.max_steps * samples.get(number, 0.0) * batches / len(source):.2f} of {source.name}"
         for number, source in enumerate(data.sources)
     ]
     lines.append(f"{stage.train.max_steps:,} steps are these epochs: {', '.join(epochs)}")

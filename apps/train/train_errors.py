@@ -7,7 +7,7 @@ FINISHED = 0
 BAD_INPUT = 2
 """The command line, a file it names or a checkpoint cannot be used; nothing has been trained."""
 TOO_MUCH_BAD_DATA = 3
-"""More samples are bad than the data file's limits allow."""
+"""More samples are bad than the data file's limits allow, or a shard is not what it was when the run began."""
 NOT_SAVED = 4
 """A checkpoint or log could not be written; the checkpoints that are there are whole."""
 NOT_FINITE = 5

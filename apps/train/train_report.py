@@ -9,7 +9,7 @@ from blip3_lite import Blip3Config
 from eval_lite import EvalItem, Prediction
 from interleave_data import TextPart
 from train_exam import Exam, Summary
-from trainer_lite import Picture, Report, RunFolder, Share, read_metrics
+from trainer_lite import Picture, Report, RunFolder, Share, StepRecord, read_metrics
 
 _PICTURES_PER_SKILL = 2
 
@@ -29,7 +29,9 @@ def write_report(run: RunFolder, summary: Summary, exam: Exam, model: Blip3Confi
     )
     _add_skills(report, summary)
     _add_post_training(report, summary)
-    report.add_loss_curves(read_metrics(run.metrics.path))
+    records = read_metrics(run.metrics.path)
+    report.add_loss_curves(records)
+    add_left_out(report, records)
     report.add_table(
         "Time", ["phase", "seconds"], [[name, round(seconds, 1)] for name, seconds in summary.wall_s.items()]
     )
@@ -37,6 +39,14 @@ def write_report(run: RunFolder, summary: Summary, exam: Exam, model: Blip3Confi
         f"Held-out pictures and answers after {last}", _pictures(exam.items, exam.predictions[last], model)
     )
     report.write(run.report_path)
+
+
+def add_left_out(report: Report, records: Sequence[StepRecord]) -> None:
+    """Samples and updates that were left out, by stage and reason; no table where there were none."""
+    last = {record.stage: record.skipped for record in records}
+    rows = [[stage, reason, count] for stage, skipped in last.items() for reason, count in sorted(skipped.items())]
+    if rows:
+        report.add_table("Left out", ["stage", "reason", "number"], rows, note="Samples are named in skips.jsonl.")
 
 
 def _add_skills(report: Report, summary: Summary) -> None:

@@ -12,7 +12,7 @@ from blip3_lite.checkpoint import read_config
 from blip3_lite.model import undrawn_model
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
-from interleave_data import Sample, SkipSample, TextPart, TooManySkips, WorkerError
+from interleave_data import DataError, Sample, SkipSample, TextPart, TooManySkips, WorkerError
 from phi3_lite import load_lm, train_tokenizer
 from train_cli import AUTO, NEWEST
 from train_config import Command, DemoRun, LanguageRun, StageRun, WarmupRun, run_path
@@ -58,7 +58,7 @@ def run(command: Command) -> int:
         is_finished = _dispatch(command, stop)
     except BadInputError as error:
         return _fail(BAD_INPUT, error)
-    except (TooManySkips, WorkerError) as error:
+    except (TooManySkips, DataError, WorkerError) as error:
         return _fail(TOO_MUCH_BAD_DATA, error)
     except SaveError as error:
         return _fail(NOT_SAVED, error)
@@ -146,6 +146,8 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
     result = fit_stage(trainer, model)
     if result.checkpoint is not None:
         say(f"checkpoint {result.checkpoint}")
+    if run_folder.skips.path.exists():
+        say(f"samples that were left out: {run_folder.skips.path}")
     if stop.is_set:
         say(f"stopped at step {result.counters.step}; continue with uv run apps/train {recipe} --out {path} --resume")
         return False

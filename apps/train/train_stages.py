@@ -32,13 +32,13 @@ from interleave_data import (
 )
 from train_config import StageConfig
 from train_objectives import NextToken, PairPack, Preference, SamplePair
-from trainer_lite import FitResult, Progress, RunFolder, StopFlag, Trainer
+from trainer_lite import FitResult, IndexProgress, Progress, RunFolder, StopFlag, Trainer
 
 IMAGE_CACHE_BYTES = 3 << 27
 """Tiles of images are kept up to this much, so that a repeated picture is decoded and cut once."""
 
 _LOOK_AHEAD = 64
-"""Samples that wait to be packed."""
+"""Samples that wait to be packed, as far as their number is not bounded."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,10 @@ def data_of_file(path: str) -> StageData:
         ValueError: the file or a source of it cannot be used.
     """
     file = load_data_file(path)
+    with IndexProgress() as on_index:
+        sources = open_sources(file, on_index=on_index)
     return StageData(
-        open_sources(file),
+        sources,
         [source.ratio for source in file.sources],
         ratio_unit=file.ratio_unit,
         epochs=[source.epochs for source in file.sources],
@@ -128,8 +130,10 @@ class PackStream:
         stream: Stream[Any, Any],
         objective: Literal["next_token", "preference"],
         features: FeatureCache | None,
+        skips: list[tuple[str, SkipSample]],
     ) -> None:
-        self._stream, self._objective, self._features = stream, objective, features
+        """`skips`: where the stream's counter puts what was left out (see `make_stream`)."""
+        self._stream, self._objective, self._features, self._skips = stream, objective, features, skips
 
     @property
     def skipped(self) -> Mapping[str, int]:
@@ -141,6 +145,12 @@ class PackStream:
     def waited_s(self) -> float:
         """Seconds spent waiting for packs; the vision tower's share of a batch is not among them."""
         return self._stream.waited_s
+
+    def take_skips(self) -> list[tuple[str, SkipSample]]:
+        """What was left out since this was last asked."""
+        taken = list(self._skips)
+        self._skips.clear()
+        return taken
 
     def __iter__(self) -> Iterator[Any]:
         """Go on from the current state; workers end with the iteration."""
@@ -205,7 +215,7 @@ def plan_config(stage: StageConfig, data: StageData, seed: int) -> PlanConfig:
         max_tokens=stage.max_tokens,
         max_tiles=stage.max_tiles,
         max_samples=stage.max_samples,
-        look_ahead=max(_LOOK_AHEAD, stage.max_samples or 1),
+        look_ahead=_window(stage, data),
         group_by_length=data.group_by_length,
         too_long=stage.too_long,
         ratios=None if data.ratios is None else tuple(data.ratios),
@@ -213,6 +223,14 @@ def plan_config(stage: StageConfig, data: StageData, seed: int) -> PlanConfig:
         epochs=None if data.epochs is None else tuple(data.epochs),
         seed=seed,
     )
+
+
+def _window(stage: StageConfig, data: StageData) -> int:
+    """Samples that wait to be packed."""
+    if stage.max_samples is None or data.group_by_length:
+        return max(_LOOK_AHEAD, stage.max_samples or 1)
+    # As they come: the longest of a wider window would always go first, and fill a pack that nothing is lost in anyway.
+    return stage.max_samples
 
 
 def make_stream(stage: StageConfig, data: StageData, processor: Processor, features: FeatureCache | None) -> PackStream:
@@ -228,22 +246,21 @@ def make_stream(stage: StageConfig, data: StageData, processor: Processor, featu
     for source in data.sources:
         if isinstance(source, RecordSource):
             source.use_lengths(processor.size_fingerprint)
+    left_out: list[tuple[str, SkipSample]] = []
     stream: Stream[Any, Any] = Stream(
         data.sources,
         StageEncoder(processor, stage.objective, is_collated=features is None),
         plan_config(stage, data, stage.train.seed),
         num_workers=stage.num_workers,
         data_timeout_s=stage.data_timeout_s,
-        skips=SkipCounter(data.skip_limits),
+        skips=SkipCounter(data.skip_limits, on_skip=lambda source, skip: left_out.append((source, skip))),
     )
-    return PackStream(stream, stage.objective, features)
+    return PackStream(stream, stage.objective, features, left_out)
 
 
 def base_view_processor(processor: Processor) -> Processor:
     """The same processor, one view an image."""
-    tiling = msgspec.structs.replace(processor.cfg.tiling, kind="base")
-    cfg = msgspec.structs.replace(processor.cfg, tiling=tiling)
-    return Processor(cfg, processor.tokenizer, processor.limits, IMAGE_CACHE_BYTES)
+    return Processor(processor.cfg.with_base_views(), processor.tokenizer, processor.limits, IMAGE_CACHE_BYTES)
 
 
 def announce(model: Blip3, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,22 @@ def test_a_stopped_demo_says_what_to_do_and_is_exit_130(train, toy_model, toy_fl
     assert "a warm-up cannot be continued" in capsys.readouterr().err
     assert train("sft", *toy_flags) == 130
     assert "continue with uv run apps/train sft --out runs/sft --resume" in capsys.readouterr().err
+
+
+def test_report_lists_what_each_stage_left_out(repo_root: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(repo_root / "apps/train"))
+    from train_report import add_left_out
+    from trainer_lite import Report, StepRecord
+
+    def record(stage: str, step: int, skipped: dict[str, int]) -> StepRecord:
+        figures = {"loss": 1.0, "loss_hex": "0x1p+0", "target_tokens": 1, "tokens_per_s": 1.0, "grad_norm": 1.0}
+        return StepRecord(stage=stage, step=step, lr=0.1, samples_digest="", skipped=skipped, **figures)
+
+    report = Report("t", "")
+    add_left_out(report, [record("sft", 1, {})])
+    report.write(tmp_path / "none.html")
+    assert "Left out" not in (tmp_path / "none.html").read_text()
+    add_left_out(report, [record("sft", 1, {"too_long": 1}), record("sft", 2, {"too_long": 3}), record("dpo", 1, {})])
+    report.write(tmp_path / "some.html")
+    cells = re.findall(r"<t[dh](?: [^>]*)?>(.*?)</t[dh]>", (tmp_path / "some.html").read_text())
+    assert cells == ["stage", "reason", "number", "sft", "too_long", "3"]

@@ -212,3 +212,25 @@ def test_data_of_bad_samples_alone_ends_with_3(train, toy_flags, tmp_path: Path,
     )
     assert train("sft", "--data", "data.toml", *toy_flags, "--dry-run") == 3
     assert "unreadable_file" in capsys.readouterr().err
+
+
+def test_shares_of_the_sources_are_those_of_the_mixture_though_long_samples_are_packed_first(
+    dry, toy_flags, tmp_path: Path
+) -> None:
+    tables = []
+    for name, words in (("long", 60), ("short", 6)):
+        rows = [{"text": f"{n} " + "word " * words} for n in range(400)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tables.append(f'[[sources]]\nname = "{name}"\nformat = "text"\npath = "{name}.jsonl"\n')
+    (tmp_path / "data.toml").write_text("".join(tables))
+    for more in ([], ["--max-samples", "4"]):
+        lines = dry("sft", "--data", "data.toml", "--max-tokens", "250", *more, *toy_flags)
+        (_, long_tokens, _, long, _), (_, short_tokens, _, short, _) = (row(lines, name) for name in ("long", "short"))
+        assert float(long) == pytest.approx(float(short), abs=0.11)
+        a_step = float(long) * float(long_tokens) + float(short) * float(short_tokens)
+        said = re.search(r"on average ([\d,]+) .*, ([\d.]+) samples", next(x for x in lines if "on average" in x))
+        assert said is not None
+        assert int(said[1].replace(",", "")) == pytest.approx(a_step, rel=0.05)
+        assert float(said[2]) == pytest.approx(float(long) + float(short), abs=0.11)
+        if more:
+            assert float(said[2]) == pytest.approx(4, rel=0.1)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from blip3_lite import load_model
 from interleave_data import InMemory, Sample, TextPart, Turn
@@ -290,3 +292,50 @@ def test_a_bug_in_the_loop_is_not_taken_for_bad_input(train, toy_flags, llava_da
 def test_sigmoid_warmup_trains_the_tower_alone(train, tmp_path: Path, toy_flags) -> None:
     assert train("warmup", "--objective", "sigmoid", "--batch-size", "4", *toy_flags) == 0
     assert [line["stage"] for line in _lines(tmp_path / "runs/warmup")] == ["warmup", "warmup"]
+
+
+def test_a_sample_left_out_is_named_with_its_shard_and_place(train, tmp_path: Path, toy_flags) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
+    talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a word"}]
+    rows = [{"image": f"{name}.png", "conversations": talk} for name in ("good", "cut", "good", "absent")]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "data.toml").write_text(
+        '[[sources]]\nname = "toy"\nformat = "llava-json"\npath = "train.json"\nepochs = 1\n'
+        "[skip_limits]\nmax_share = 1.0\n"
+    )
+    assert train("sft", "--data", "data.toml", "--out", "mine", *toy_flags) == 0
+    lines = [json.loads(line) for line in (tmp_path / "mine/skips.jsonl").read_text().splitlines()]
+    assert sorted((line["stage"], line["step"], line["sample_ids"], line["reason"]) for line in lines) == [
+        ("sft", 1, ["toy/train.json:1"], "broken_image"),
+        ("sft", 1, ["toy/train.json:3"], "unreadable_file"),
+    ]
+
+
+def test_a_shard_that_goes_while_the_run_reads_it_is_bad_data(
+    train, tmp_path: Path, toy_flags, monkeypatch, capsys
+) -> None:
+    import train_run
+
+    (tmp_path / "x.jsonl").write_text('{"text": "some words"}\n' * 5)
+    (tmp_path / "data.toml").write_text('[[sources]]\nname = "s"\nformat = "text"\npath = "x.jsonl"\n')
+    fit = train_run.fit_stage
+
+    def fit_without_shard(trainer, model):
+        (tmp_path / "x.jsonl").rename(tmp_path / "gone")
+        trainer.stream._stream._maker.sources[0]._open.clear()
+        return fit(trainer, model)
+
+    monkeypatch.setattr(train_run, "fit_stage", fit_without_shard)
+    assert train("sft", "--data", "data.toml", *toy_flags) == 3
+    assert "x.jsonl: expected it and its index as they were opened" in capsys.readouterr().err
+    assert train("sft", "--data", "data.toml", "--out", "second", *toy_flags) == 2
+
+
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_a_sample_too_long_where_that_is_an_error_is_bad_data(
+    train, tmp_path: Path, toy_flags, llava_data: Path, capsys, num_workers: str
+) -> None:
+    flags = ["--max-tokens", "9", "--too-long", "error", "--num-workers", num_workers]
+    assert train("sft", "--data", str(llava_data), *flags, *toy_flags) == 3
+    assert re.search(r"train: toy/train\.json:\d: expected at most 9 tokens", capsys.readouterr().err)

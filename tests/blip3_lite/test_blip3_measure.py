@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blip3_lite import EncodedSample, Processor, collate
+from blip3_lite.presets import xgen_mm_config
 from interleave_data import ImagePart, PreferenceSample, Sample, Size, SkipReason, SkipSample, TextPart, Turn
 
 ANY = 1 << 30
@@ -288,3 +289,9 @@ def test_batches_travel_as_arrays(tiny_processor):
                 assert mine.dtype == theirs.dtype
             else:
                 assert mine == theirs
+
+
+def test_base_views_of_a_model_with_bands_are_one_tile_an_image():
+    cfg = xgen_mm_config("interleave").with_base_views()
+    assert (cfg.tiling.kind, cfg.tile_grouping) == ("base", "tiles")
+    assert cfg.num_image_tokens(1) == 128

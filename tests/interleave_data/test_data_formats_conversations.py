@@ -17,7 +17,6 @@ from interleave_data import (
     open_sources,
 )
 from interleave_data.formats.llava import read_llava
-from interleave_data.formats.mantis import read_mantis
 from interleave_data.formats.vlfeedback import vlfeedback
 from interleave_data.formats.vlguard import read_vlguard
 from interleave_data.records import Images
@@ -39,7 +38,7 @@ def mantis(*contents: str, **changes) -> dict:
 
 
 def test_mantis_as_published(made_record, pictures, outline):
-    assert outline(read_mantis(made_record(mantis()), pictures)) == [
+    assert outline(read_llava(made_record(mantis()), pictures)) == [
         ("user", ["<a.png>", "<b.png>", "What do image 1 and image 2 share?"]),
         ("assistant", ["A cat."]),
         ("user", ["And who is taller?"]),
@@ -49,7 +48,7 @@ def test_mantis_as_published(made_record, pictures, outline):
 
 def test_mantis_marks_within_the_text_and_in_later_turns(made_record, pictures, outline):
     row = mantis("Look at <image>.", "I see.", "Now <image>\nWhich?", "The first.")
-    assert outline(read_mantis(made_record(row), pictures)) == [
+    assert outline(read_llava(made_record(row), pictures)) == [
         ("user", ["Look at ", "<a.png>", "."]),
         ("assistant", ["I see."]),
         ("user", ["Now ", "<b.png>", "Which?"]),
@@ -59,14 +58,23 @@ def test_mantis_marks_within_the_text_and_in_later_turns(made_record, pictures, 
 
 def test_mantis_row_of_parquet(made_record, pictures, picture_root):
     held = [{"bytes": (picture_root / name).read_bytes(), "path": name} for name in ("a.png", "b.png")]
-    turns = read_mantis(made_record(mantis(images=held)), pictures)
+    turns = read_llava(made_record(mantis(images=held)), pictures)
     assert [part.decode().size for part in turns[0].parts if isinstance(part, ImagePart)] == [(1, 1), (2, 2)]
+
+
+def test_llava_row_of_parquet_holds_pictures_as_bytes(made_record, pictures, picture_root):
+    data = (picture_root / "a.png").read_bytes()
+    row = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dot."}]}
+    for held in (data, {"bytes": data, "path": None}, [{"bytes": None, "path": "a.png"}]):
+        picture = read_llava(made_record({**row, "image": held}), pictures)[0].parts[0]
+        assert isinstance(picture, ImagePart)
+        assert picture.decode().size == (1, 1)
 
 
 def test_mantis_system_turn_and_no_picture(made_record, pictures, outline):
     row = mantis("Hello?", "Hello.", images=None)
     row["conversation"].insert(0, {"role": "system", "content": "Be kind."})
-    assert outline(read_mantis(made_record(row), pictures)) == [
+    assert outline(read_llava(made_record(row), pictures)) == [
         ("system", ["Be kind."]),
         ("user", ["Hello?"]),
         ("assistant", ["Hello."]),
@@ -94,17 +102,16 @@ def test_mantis_system_turn_and_no_picture(made_record, pictures, outline):
     ],
 )
 def test_mantis_bad_record(row, reason, made_record, skip_of):
-    assert skip_of(read_mantis, made_record(row)).reason == reason
+    assert skip_of(read_llava, made_record(row)).reason == reason
 
 
-def test_mantis_chat_reads_as_llava_does(shared_data, made_record):
+def test_mantis_chat_reads_whole(shared_data, made_record):
     folder = shared_data / "mantis-chat"
     rows = json.loads((folder / "train.json").read_text())
-    bodies = [read_mantis(made_record(row), Images(str(folder))) for row in rows]
+    bodies = [read_llava(made_record(row), Images(str(folder))) for row in rows]
     parts = [part for body in bodies for turn in body for part in turn.parts]
     num_pictures = sum(isinstance(part, ImagePart) for part in parts)
     assert (len(bodies), num_pictures, sum(map(len, bodies))) == (100, 377, 1964)
-    assert bodies == [read_llava(made_record(row), Images(str(folder))) for row in rows]
 
 
 SAFE_PAIRS = [

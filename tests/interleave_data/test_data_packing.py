@@ -15,7 +15,17 @@ def test_pack_by_hand():
 
 
 def test_pack_window_of_one_takes_samples_as_they_come():
-    assert pack([2, 2, 2], 10, look_ahead=1) == [[0], [1], [2]]
+    assert pack([6, 5, 4, 2, 2], 10, look_ahead=1) == [[0], [1, 2], [3, 4]]
+
+
+def test_pack_of_short_samples_is_filled_beyond_the_window():
+    # A window of two would end each pack at two samples; a third and fourth are looked at while all fit.
+    assert pack([1] * 9 + [4], 4, look_ahead=2) == [[0, 1, 2, 3], [4, 5, 6, 7], [8], [9]]
+    bounded = Packer(9, max_tiles=2, look_ahead=1)
+    assert list(bounded.packs((number, 1) for number in range(3))) == [[0, 1, 2]]
+    for number in range(3):
+        bounded.push(number, 1, tiles=1)
+    assert bounded.is_ready
 
 
 @given(LENGTHS, st.integers(20, 60), st.integers(1, 16))

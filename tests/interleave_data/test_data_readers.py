@@ -173,7 +173,7 @@ def test_llava_question_with_answer(root):
         ({"conversations": "Hi"}, SkipReason.BAD_RECORD),
         (17, SkipReason.BAD_RECORD),
         (talk("What?", "Yes.", image="../outside.png"), SkipReason.PATH_REFUSED),
-        (talk("What?", "Yes.", image=""), SkipReason.PATH_REFUSED),
+        (talk("What?", "Yes.", image=""), SkipReason.BAD_RECORD),
         (talk("What?", "Yes.", image="a\0.png"), SkipReason.PATH_REFUSED),
         (talk("What?", "Yes.", image="C:\\a.png"), SkipReason.PATH_REFUSED),
     ],

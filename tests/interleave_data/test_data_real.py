@@ -190,4 +190,4 @@ def test_packs_of_real_mixtures_are_filled(real, kind):
     assert share >= 0.97
     assert seen == fitting
     # The bound can fail: with little choice packs are filled worse.
-    assert packed(8)[0] < 0.97
+    assert packed(1)[0] < share - 0.005

@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from interleave_data import RecordSource, ShardError, SkipReason, SkipSample, shard_changes
+from interleave_data import (
+    Mixture,
+    RecordSource,
+    ShardError,
+    SkipReason,
+    SkipSample,
+    SourceConfig,
+    TextPart,
+    open_source,
+    shard_changes,
+)
 from interleave_data import containers as containers_module
 from interleave_data.containers import make_index, open_shard
 from interleave_data.formats import FORMATS
@@ -496,3 +506,42 @@ def test_only_known_suffixes_are_shards(tmp_path):
         with pytest.raises(ShardError, match=r"expected a file with one of \.tar, \.json, \.jsonl, \.parquet"):
             make_index(str(tmp_path / name))
     assert containers_module.shard_kind("X.TAR") == "tar"
+
+
+@pytest.mark.parametrize(("window", "num_shards"), [(32, 1), (32, 4), (None, 1)])
+def test_rows_in_windows_cost_one_reading_of_each_group(tmp_path, monkeypatch, window, num_shards):
+    import pyarrow
+    from pyarrow import parquet
+
+    from interleave_data.parquet_shards import ParquetShard
+
+    rows = [{"text": f"t{n}"} for n in range(512)]
+    for shard in range(num_shards):
+        part = rows[shard * 512 // num_shards : (shard + 1) * 512 // num_shards]
+        parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / f"{shard}.parquet", row_group_size=4)
+    read: list[object] = []
+    one = ParquetShard._read_group
+    monkeypatch.setattr(ParquetShard, "_read_group", lambda self, *args: read.append(args) or one(self, *args))
+    source = open_source(SourceConfig(name="s", format="text", path=str(tmp_path / "*.parquet"), window=window))
+    mixture = Mixture([source], epochs=[1])
+    assert {source[mixture.index(draw)].turns[0].parts[0] for draw in mixture} == {
+        TextPart(f"t{n}") for n in range(512)
+    }
+    # Shuffled over all 128 groups, few rows find theirs still there.
+    assert len(read) == 128 if window else len(read) > 300
+
+
+def test_row_groups_that_are_kept_are_bounded_in_number_and_bytes(monkeypatch):
+    from interleave_data import parquet_shards
+
+    monkeypatch.setattr(parquet_shards, "_GROUP_BYTES_KEPT", 100)
+    groups = parquet_shards.RowGroups()
+    reads: list[int] = []
+
+    def get(number: int, num_bytes: int) -> None:
+        groups.get(("x", number, None), lambda: reads.append(number) or np.zeros(num_bytes, np.uint8))
+
+    for number, num_bytes in [(0, 40), (1, 40), (0, 40), (2, 40), (0, 40), (1, 40), (3, 500), (3, 500), (0, 40)]:
+        get(number, num_bytes)
+    # 2 drives out 1, the oldest; 3 alone is more than all may be, and still kept for its next row.
+    assert reads == [0, 1, 2, 1, 3, 0]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from interleave_data import (
+    DataError,
     Encoder,
     InMemory,
     Packer,
@@ -19,10 +20,12 @@ from interleave_data import (
     SkipLimits,
     SkipReason,
     SkipSample,
+    SourceConfig,
     Stream,
     TextPart,
     TooManySkips,
     Turn,
+    open_source,
     samples_digest,
 )
 
@@ -503,9 +506,7 @@ def check_too_long_is_counted() -> None:
     short = [n for n in range(9) if len(f"short {n} ") + n * 37 % 23 > 20]
     assert skips.by_reason()["too_long"] == sum(n % 7 != 3 for n in long + short)
     assert cutting.skips.num_truncated == sum(is_good(n) for n in long + short)
-    with pytest.raises(
-        ValueError, match=r"long:\d+: expected at most 20 tokens and any number of tiles, got 2\d and 0"
-    ):
+    with pytest.raises(DataError, match=r"long/\d+: expected at most 20 tokens and any number of tiles, got 2\d and 0"):
         list(islice(stream(max_tokens=20, too_long="error"), 50))
 
 
@@ -536,7 +537,7 @@ def test_a_source_without_any_good_sample_ends_the_run():
     counter = SkipCounter(SkipLimits(max_share=1.0, max_consecutive=100))
     spoilt = Raising(SkipSample(SkipReason.NOT_AN_IMAGE, "html"))
     with pytest.raises(
-        TooManySkips, match=r"a: expected fewer than 100 .* got 100 \(not_an_image 100\).*a:\d: not_an"
+        TooManySkips, match=r"a: expected fewer than 100 .* got 100 \(not_an_image 100\).*was \d: not_an"
     ) as error:
         next(stream(spoilt, [source("a", 3)], ratios=None, skips=counter))
     assert isinstance(error.value.__cause__, SkipSample)
@@ -591,3 +592,41 @@ def test_the_time_that_packs_were_waited_for_is_counted_and_what_happens_between
         next(made)
         assert made.waited_s == 2.0 * number
         clock[0] += 100.0
+
+
+def test_a_run_of_skips_ends_with_a_good_sample_that_still_waits():
+    """Holes are told with the pack that is being filled: good samples between them are counted later."""
+
+    class EverySecond(Letters):
+        def measure(self, sample, limit=None, /) -> Size:
+            if int(sample.turns[0].parts[0].text.split()[1]) % 2:
+                raise SkipSample(SkipReason.BAD_RECORD, "odd")
+            return Size(1, 0)
+
+    made = Plan([source("a", 40)], EverySecond().measure, PlanConfig(max_tokens=64, look_ahead=30))
+    counter = SkipCounter(SkipLimits(max_share=1.0, max_consecutive=20))
+    holes = [hole for pack in islice(made, 2) for hole in pack.holes]
+    assert len(holes) > 20
+    for hole in holes:
+        counter.skip(hole.source, hole.skip, hole.follows_good)
+    assert counter.by_reason() == {"bad_record": len(holes)}
+    # Also over a save between them.
+    again = Plan([source("a", 40)], EverySecond().measure, PlanConfig(max_tokens=64, look_ahead=30))
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert [pack.holes for pack in islice(again, 3)] == [pack.holes for pack in islice(made, 3)]
+
+
+def test_what_is_left_out_for_its_length_is_named_by_shard_and_is_not_bad(tmp_path):
+    for shard, words in (("0", ["a", "b"]), ("1", ["c", "d" * 50])):
+        (tmp_path / f"{shard}.jsonl").write_text("".join(f'{{"text": "{word}"}}\n' for word in words))
+    found = open_source(SourceConfig(name="s", format="text", path=str(tmp_path / "*.jsonl")))
+    heard: list[str] = []
+    counter = SkipCounter(
+        SkipLimits(max_share=0.0, min_seen=1), on_skip=lambda name, skip: heard.append(f"{name}/{skip}")
+    )
+    plan = Plan([found], lambda sample, _: Size(50 if "dd" in repr(sample) else 1, 0), PlanConfig(max_tokens=20))
+    for hole in next(plan).holes[:1]:
+        counter.skip(hole.source, hole.skip)
+    assert heard == ["s/1.jsonl:1: too_long: expected at most 20 tokens, got 50"]
+    with pytest.raises(TooManySkips):
+        counter.skip("s", SkipSample(SkipReason.BAD_RECORD, "x"))

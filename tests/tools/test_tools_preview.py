@@ -233,6 +233,20 @@ def test_samples_come_in_the_order_of_the_mixture(preview, tmp_path: Path) -> No
     assert shares == {"a": ["75.0%", "75.0%"], "b": ["25.0%", "25.0%"]}
 
 
+def test_bounded_sources_are_shown_as_far_as_training_draws_them(repo_root: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    from preview_data import first_draws, make_reader
+
+    tables = []
+    for name, epochs in (("a", "epochs = 0.5"), ("b", "")):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "word"}\n' * 4)
+        tables.append(f'[[sources]]\nname = "{name}"\nformat = "text"\npath = "{name}.jsonl"\n{epochs}\n')
+    (tmp_path / "data.toml").write_text("".join(tables))
+    data_file = load_data_file(tmp_path / "data.toml")
+    draws = first_draws(open_sources(data_file), data_file, 0, make_reader(data_file, None, None))
+    assert [next(draws).source for _ in range(7)] == [0, 1, 0, 1, 1, 1, 1]
+
+
 def test_padding_is_hatched_and_the_picture_is_not(preview, repo_root: Path) -> None:
     from anyres_tiler import TilingConfig, tile_image
     from preview_page import hatch_padding, padding_share

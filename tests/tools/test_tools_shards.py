@@ -108,6 +108,30 @@ def test_index_measures_samples_exactly_for_a_checkpoint(
     assert open_source(cfg, lengths="another").size(0) is None
 
 
+def test_lengths_are_those_that_a_run_asks_for(
+    repo_root: Path, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
+) -> None:
+    """Under the data file's limits on pictures, and for pre-training's one view."""
+    from blip3_lite import Processor, save_model
+
+    save_model(tmp_path / "model", tiny_model, tiny_processor)
+    Image.new("RGB", (40, 10)).save(pictures / "wide.png")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"images": ["wide.png", None], "texts": [None, "the square"]}))
+    data_file = tmp_path / "data.toml"
+    data_file.write_text(
+        '[[sources]]\nname = "s"\nformat = "obelics"\npath = "x.jsonl"\nimage_root = "pictures"\n'
+        "[image_limits]\nmax_pixels = 500\n"
+    )
+    for views in ("tiles", "base"):
+        done = run(repo_root, "index", data_file, "--checkpoint", tmp_path / "model", "--views", views)
+        assert done.returncode == 0, done.stderr
+    loaded = load_data_file(data_file)
+    for cfg in (tiny_processor.cfg, tiny_processor.cfg.with_base_views()):
+        processor = Processor(cfg, tiny_processor.tokenizer, loaded.image_limits)
+        source = open_source(loaded.sources[0], lengths=processor.size_fingerprint)
+        assert source.size(0) == processor.measure(source[0])
+
+
 def test_packed_llava_reads_as_the_records_did(repo_root: Path, tmp_path: Path, pictures: Path) -> None:
     def talk(text: str, **more) -> dict:
         return {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": '"KEY.0.jpg"'}], **more}
@@ -189,3 +213,39 @@ def test_bench_index_reports_what_it_measures(repo_root: Path) -> None:
         done = run(repo_root, "bench_index", "--most", 1000, "--kind", kind)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[1].split()[0] == "1,000"
+
+
+def test_packed_mmc4_holds_its_nested_pictures(repo_root: Path, tmp_path: Path, pictures: Path) -> None:
+    images = [
+        {"image_name": "b.png", "raw_url": "https://example.com/absent.png", "matched_text_index": 1},
+        {"image_name": None, "raw_url": ADDRESS, "matched_text_index": 0},
+    ]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text_list": ["One.", "Two."], "image_info": images}))
+    done = run(repo_root, "pack_shards", tmp_path / "x.jsonl", tmp_path / "out", "--image-root", pictures)
+    assert done.returncode == 0, done.stderr
+    assert outline(opened(tmp_path / "out/*.tar", "mmc4")[0]) == [3, "One.", 2, "Two."]
+
+
+def test_packing_takes_sample_after_sample(tmp_path: Path, repo_root: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    from pack_shards import pack
+
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def samples():
+        for number in range(5):
+            written = sum(path.stat().st_size for path in out.glob(".*.tmp")) + 40_000 * len(list(out.glob("*.tar")))
+            # What was given out before is on disk: no shard is gathered in memory.
+            assert written >= 20_000 * (number - number % 2)
+            yield str(number), [("txt", bytes(20_000))]
+
+    assert pack(samples(), out, 2) == 5
+    assert [len(opened(path, "caption-tars")) for path in sorted(out.glob("*.tar"))] == [2, 2, 1]
+
+
+def test_packing_names_what_it_cannot_write(repo_root: Path, tmp_path: Path, pictures: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run(repo_root, "pack_shards", pictures, tmp_path / "file" / "out")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "Not a directory" in done.stderr

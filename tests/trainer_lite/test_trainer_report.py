@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image, ImageChops
 
-from trainer_lite import Picture, Report, Share, StepRecord
+from trainer_lite import IndexProgress, Picture, Report, Share, StepRecord
 from trainer_lite.charts import Curve, line_chart, smooth
 from trainer_lite.report import embed
 
@@ -175,3 +175,26 @@ def test_smooth_by_hand():
 def test_curve_of_unequal_lengths():
     with pytest.raises(ValueError, match="expected as many steps as values, got 2 and 1; pair them"):
         Curve([1, 2], [1.0])
+
+
+def test_index_progress_tells_of_large_shards_where_there_is_no_terminal():
+    buffer = io.StringIO()
+    with IndexProgress(buffer) as on_index:
+        on_index("/data/small.tar", 10, 10)
+        on_index("/data/large.tar", 1 << 20, 1 << 27)
+        on_index("/data/large.tar", 1 << 20, 1 << 27)
+    assert buffer.getvalue() == "indexing large.tar, 134,217,728 bytes\n"
+
+
+def test_index_progress_is_a_bar_for_each_shard_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    with IndexProgress(terminal) as on_index:
+        on_index("/data/a.tar", 50, 100)
+        on_index("/data/b.tar", 7, 7)
+    said = terminal.getvalue()
+    assert "index a.tar" in said
+    assert "index b.tar" in said

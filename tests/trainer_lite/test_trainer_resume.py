@@ -10,6 +10,7 @@ from safetensors.torch import save as save_tensors
 
 import trainer_lite.train_state
 from blip3_lite import CheckpointError, write_folder
+from interleave_data import SkipReason, SkipSample, TooManySkips
 from trainer_lite import OptimizerConfig, Optimizers, RunFolder, ScheduleConfig, TrainConfig
 
 STEPS, CUT = 20, 10
@@ -269,3 +270,35 @@ def test_resume_refuses_a_model_without_training_state(tiny, tmp_path):
         ValueError, match=r"expected state\.json, got a model without training state; start a new stage"
     ):
         trainer.resume(path)
+
+
+def test_samples_left_out_are_written_down_with_their_step_and_forgotten_with_it(tiny, tmp_path):
+    class Naming(tiny.stream):
+        """Leaves out one sample before each second batch; too many before the fifth."""
+
+        taken: tuple[tuple[str, SkipSample], ...] = ()
+
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__(), self.num_batches + 1):
+                if number % 2 == 0 or number == 5:
+                    self.taken = (("a", SkipSample(SkipReason.BROKEN_IMAGE, "cut", f"0.tar:\udcff{number}")),)
+                if number == 5:
+                    raise TooManySkips("too many")
+                yield batch
+
+        def take_skips(self):
+            taken, self.taken = self.taken, ()
+            return taken
+
+    run, cfg = RunFolder.create(tmp_path / "run", {}), TrainConfig(max_steps=6, accumulation_steps=2, save_every=1)
+    first = tiny.trainer(cfg, stream=Naming(), run=run, with_files=True)
+    with pytest.raises(TooManySkips):
+        first.fit()
+    lines = [json.loads(line) for line in run.skips.path.read_text().splitlines()]
+    assert [(line["step"], line["sample_ids"]) for line in lines] == [
+        (step, [rf"a/0.tar:\udcff{batch}"]) for step, batch in ((1, 2), (2, 4), (3, 5))
+    ]
+    assert {(line["reason"], line["detail"]) for line in lines} == {("broken_image", "cut")}
+    second = tiny.trainer(cfg, stream=Naming(), run=run, with_files=True)
+    second.resume(run.find_checkpoint().path)
+    assert [json.loads(line)["step"] for line in run.skips.path.read_text().splitlines()] == [1, 2]

@@ -15,6 +15,7 @@ import torch
 import blip3_lite.folder
 from blip3_lite import CheckpointError
 from trainer_lite import RunFolder, SaveError, TrainConfig, read_metrics
+from trainer_lite.guards import StepLog
 
 
 @contextmanager
@@ -289,3 +290,17 @@ def test_a_run_at_work_is_not_taken_up_and_its_death_frees_it(tmp_path):
         # A worker that has outlived it holds nothing.
         os.kill(child, 0)
         RunFolder.reopen(tmp_path / "run")
+
+
+def test_a_full_disk_leaves_no_half_a_line_in_the_log_of_steps(tmp_path):
+    log = StepLog(tmp_path / "skips.jsonl")
+    log.append("sft", 1, ["a"], {"reason": "cut"})
+    whole = log.path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large|No space"):
+            log.append("sft", 2, ["b"], {"reason": "cut"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert log.path.read_bytes() == whole

@@ -60,6 +60,11 @@ class Blip3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"tile_grouping: expected tiles with tiling {self.tiling.kind}, got bands; bands are of anyres tiles"
             )
 
+    def with_base_views(self) -> "Blip3Config":
+        """The same model, one view an image: without tiles there are no bands, which those of one tile equal."""
+        tiling = msgspec.structs.replace(self.tiling, kind="base")
+        return msgspec.structs.replace(self, tiling=tiling, tile_grouping="tiles")
+
     def num_image_tokens(self, num_tiles: int) -> int:
         """Tokens that an image of `num_tiles` tiles, thumbnail included, takes in the sequence."""
         return self.connector.num_latents * (1 if self.tiling.kind == "anyres_fixed" else num_tiles)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .config import SkipLimits as SkipLimits
     from .config import SourceConfig as SourceConfig
     from .config import load_data_file as load_data_file
+    from .errors import DataError as DataError
     from .errors import ShardError as ShardError
     from .errors import SkipCounter as SkipCounter
     from .errors import SkipReason as SkipReason
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "DataError",
     "DataFile",
     "DataFileError",
     "Encoder",
@@ -90,6 +92,7 @@ __all__ = [
 ]
 _HOMES = {
     "Batch": "stream",
+    "DataError": "errors",
     "DataFile": "config",
     "DataFileError": "config",
     "Encoder": "making",

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from .errors import ShardError
 from .index_file import Kind, ShardIndex
 from .json_shards import JsonShard, index_json
-from .parquet_shards import ParquetShard, index_parquet
+from .parquet_shards import ParquetShard, RowGroups, index_parquet
 from .records import Record
 from .samples import ImagePart
 from .tar_shards import TarShard, index_tar
@@ -19,11 +19,6 @@ _INDEXERS: dict[Kind, Callable[[str, Callable[[int], object] | None], ShardIndex
     "tar": index_tar,
     "json": index_json,
     "parquet": index_parquet,
-}
-_SHARDS: dict[Kind, Callable[[str, str, ShardIndex], "Shard"]] = {
-    "tar": TarShard,
-    "json": JsonShard,
-    "parquet": ParquetShard,
 }
 
 
@@ -96,6 +91,11 @@ def write_index(path: str, on_bytes: Callable[[int], object] | None = None) -> S
     return index
 
 
-def open_shard(path: str, name: str, index: ShardIndex) -> Shard:
-    """Refer to a shard by its index; `name` is what records and messages call it."""
-    return _SHARDS[index.kind](path, name, index)
+def open_shard(path: str, name: str, index: ShardIndex, groups: RowGroups | None = None) -> Shard:
+    """Refer to a shard by its index; `name` is what records and messages call it.
+
+    `groups` keeps what was read of the parquet shards of one source.
+    """
+    if index.kind == "parquet":
+        return ParquetShard(path, name, index, groups)
+    return (TarShard if index.kind == "tar" else JsonShard)(path, name, index)

@@ -3,7 +3,7 @@
 Errors of the program are neither and always propagate; nothing here catches them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 import msgspec
@@ -32,7 +32,12 @@ class SkipReason(StrEnum):
     NO_TARGETS = "no_targets"
     TOO_LONG = "too_long"
     UNWANTED = "unwanted"
-    """Nothing is wrong with it, but its layout's own rule leaves it out: not counted into the share of bad samples."""
+    """Nothing is wrong with it, but its layout's own rule leaves it out."""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether it counts into the share of bad samples: not what is left out on purpose (`too_long`, `unwanted`)."""
+        return self not in (SkipReason.TOO_LONG, SkipReason.UNWANTED)
 
 
 class SkipSample(Exception):  # noqa: N818  (a request to the reader, not an error of the program)
@@ -48,7 +53,11 @@ class SkipSample(Exception):  # noqa: N818  (a request to the reader, not an err
         return f"{self.where or 'sample'}: {self.reason.value}: {self.detail}"
 
 
-class ShardError(ValueError):
+class DataError(ValueError):
+    """Data that a run cannot go on with, though no limit on bad samples is passed."""
+
+
+class ShardError(DataError):
     """A shard that is cut, damaged or inconsistent: more than a sample is lost, and nobody knows how much more."""
 
 
@@ -70,8 +79,12 @@ class _SourceCount(msgspec.Struct, kw_only=True):
 class SkipCounter:
     """Count what was seen and what was skipped, by source and reason, and stop a run that skips too much."""
 
-    def __init__(self, limits: SkipLimits | None = None) -> None:
+    def __init__(
+        self, limits: SkipLimits | None = None, on_skip: Callable[[str, SkipSample], object] | None = None
+    ) -> None:
+        """`on_skip` hears of each bad sample, with its source: only numbers are kept here."""
         self.limits = limits or SkipLimits()
+        self._on_skip = on_skip
         self._counts: dict[str, _SourceCount] = {}
 
     def keep(self, source: str) -> None:
@@ -80,18 +93,20 @@ class SkipCounter:
         count.seen += 1
         count.consecutive = 0
 
-    def skip(self, source: str, skip: SkipSample) -> None:
-        """Count a bad sample.
+    def skip(self, source: str, skip: SkipSample, follows_good: bool = False) -> None:
+        """Count a bad sample; `follows_good` ends a run of them, though the good one is counted later.
 
         Raises:
             TooManySkips: if the source has passed the share or the run of skips that the limits allow.
         """
         count = self._counts.setdefault(source, _SourceCount())
         count.seen += 1
-        count.consecutive += 1
+        count.consecutive = 1 if follows_good else count.consecutive + 1
         count.skipped[skip.reason.value] = count.skipped.get(skip.reason.value, 0) + 1
-        # A run of unwanted ones still counts: a rule that lets nothing through would be read against for ever.
-        total = sum(n for reason, n in count.skipped.items() if reason != SkipReason.UNWANTED)
+        if self._on_skip is not None:
+            self._on_skip(source, skip)
+        # A run of such as are not bad still counts: a rule that lets nothing through would be read against for ever.
+        total = sum(n for reason, n in count.skipped.items() if SkipReason(reason).is_bad)
         by_reason = ", ".join(f"{reason} {n}" for reason, n in sorted(count.skipped.items()))
         if count.consecutive >= self.limits.max_consecutive:
             raise TooManySkips(

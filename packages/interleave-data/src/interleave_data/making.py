@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from .config import PlanConfig
-from .errors import SkipSample
+from .errors import DataError, SkipSample
 from .plan import Hole, Plan, PlannedPack
 from .samples import Size
 from .sources import AnySample, Source
@@ -110,7 +110,7 @@ class Maker(Generic[Encoded, Packed]):
         """Go on from a plan's state; of this rank's packs from there on, make `first`, `first + step`, …
 
         Raises:
-            ValueError: an encoded sample has another length than was planned.
+            DataError: an encoded sample has another length than was planned.
         """
         self.plan = self.new_plan()
         self.plan.load_state_dict(state)
@@ -128,14 +128,16 @@ class Maker(Generic[Encoded, Packed]):
         limit = Size(self.cfg.max_tokens, self.cfg.max_tiles or 1 << 31)
         for entry in pack.entries:
             name = self.sources[entry.draw.source].name
+            sample = None
             try:
                 sample = self.plan.read(entry)
                 encoded = self.encoder.encode(sample, limit if entry.is_cut else None)
             except SkipSample as skip:
+                skip.where = skip.where or ("" if sample is None else sample.id)
                 events.append(Event(name, Hole.of(name, entry.index, skip)))
                 continue
             if encoded.length != entry.size.tokens:
-                raise ValueError(
+                raise DataError(
                     f"{name}:{entry.index}: expected {entry.size.tokens} tokens as planned, got {encoded.length}; the "
                     "file has changed since it was indexed (index it again), or measure and encode disagree"
                 )

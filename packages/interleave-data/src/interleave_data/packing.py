@@ -26,6 +26,8 @@ class _Entry(NamedTuple, Generic[Item]):
 class Packer(Generic[Item]):
     """Hold up to `look_ahead` samples and give out packs of at most `max_tokens`, in exact lengths.
 
+    More are held only while they all fit into one pack: it would end early else, where samples are short.
+
     A sample beyond a budget is not this stage's to cut (it cannot see images or answers): `push` refuses it as a skip,
     and whoever pushes decides whether that is counted or fatal.
     """
@@ -59,15 +61,25 @@ class Packer(Generic[Item]):
         self.max_samples = max_samples
         self.group_by_length = group_by_length
         self._waiting: list[_Entry[Item]] = []
+        self._all = Size(0, 0)
 
     def __len__(self) -> int:
         """Samples that wait."""
         return len(self._waiting)
 
     @property
+    def waiting(self) -> tuple[Item, ...]:
+        """What waits, the oldest first."""
+        return tuple(entry.item for entry in self._waiting)
+
+    @property
     def is_ready(self) -> bool:
-        """Whether the window is full, so that the next pack is as good as it gets."""
-        return len(self._waiting) >= self.look_ahead
+        """Whether the window is full, so that the next pack is as good as it gets.
+
+        Samples that all fit into one pack leave no choice: they are its beginning, and more are looked at.
+        """
+        is_one_pack = self.max_samples is None and self.fits(self._all)
+        return len(self._waiting) >= self.look_ahead and not is_one_pack
 
     def fits(self, size: Size) -> bool:
         """Whether a pack can hold a sample of this size at all."""
@@ -88,6 +100,7 @@ class Packer(Generic[Item]):
         if not self.fits(size):
             raise SkipSample(SkipReason.TOO_LONG, f"expected at most {self.max_tiles} tiles, got {tiles}")
         self._waiting.append(_Entry(item, size))
+        self._all = Size(self._all.tokens + length, self._all.tiles + tiles)
 
     def pop(self) -> list[Item]:
         """Give out the next pack, in the order in which it was filled.
@@ -114,6 +127,7 @@ class Packer(Generic[Item]):
         pack = [self._waiting[place].item for place in picked]
         taken = set(picked)
         self._waiting = [entry for place, entry in enumerate(self._waiting) if place not in taken]
+        self._all = Size(self._all.tokens - tokens, self._all.tiles - tiles)
         return pack
 
     def packs(self, items: Iterable[tuple[Item, int]]) -> Iterator[list[Item]]:
@@ -139,6 +153,8 @@ class Packer(Generic[Item]):
         named = [(name, Size(tokens, tiles)) for name, tokens, tiles in cast(list[_Named], state["waiting"])]
         remade = [(remake(name, size), size) for name, size in named]
         self._waiting = [_Entry(item, size) for item, size in remade if item is not None]
+        sizes = [size for _, size in self._waiting]
+        self._all = Size(sum(size.tokens for size in sizes), sum(size.tiles for size in sizes))
 
     def _settings(self) -> dict[str, object]:
         return {

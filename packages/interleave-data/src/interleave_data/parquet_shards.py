@@ -1,12 +1,14 @@
 """Rows of a parquet file, read a row group at a time by an index.
 
-A row group is what can be read by itself, so it is what has a checksum; the last one that was read is kept. Rows that
-are asked for in order cost one reading of each group, rows at random one reading each: for random access write shards
-with small row groups, or tars (tools/pack_shards.py). Needs pyarrow: `interleave-data[parquet]`.
+A row group is what can be read by itself, so it is what has a checksum; the last ones that were read are kept. Rows in
+order, or shuffled within windows (`order.WindowOrder`), cost one reading of each group, rows at random one each: for
+random access write shards with small row groups, or tars (tools/pack_shards.py). Needs pyarrow:
+`interleave-data[parquet]`.
 """
 
 import os
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,7 +24,14 @@ from .samples import ImagePart
 Fields = TypeVar("Fields")
 
 _CHUNK_BYTES = 1 << 20
+_GROUPS_KEPT = 16
+"""A window has eight runs of rows, and a run may begin in one group and end in the next."""
+_GROUP_BYTES_KEPT = 1 << 28
 _MAGIC = b"PAR1"
+
+
+_GroupName = tuple[str, int, tuple[str, ...] | None]
+"""Path, number, and the columns that were read, None for all."""
 
 
 def _pyarrow_parquet() -> ModuleType:
@@ -121,15 +130,44 @@ def _checksum(path: str, offset: int, size: int) -> int:
     return crc
 
 
+class RowGroups:
+    """Row groups of all shards of a source that were read last: a few, and the bytes are bounded too."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[_GroupName, Any] = OrderedDict()
+        self._num_bytes = 0
+
+    def get(self, name: _GroupName, read: Callable[[], Any]) -> Any:
+        """One that is kept, or what `read` gives, which is then kept in the place of the oldest.
+
+        Raises:
+            SkipSample: as `read`.
+        """
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        group = read()
+        self._kept[name] = group
+        self._num_bytes += group.nbytes
+        while len(self._kept) > 1 and (len(self._kept) > _GROUPS_KEPT or self._num_bytes > _GROUP_BYTES_KEPT):
+            self._num_bytes -= self._kept.popitem(last=False)[1].nbytes
+        return group
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Another process reads its own."""
+        return RowGroups, ()
+
+
 class ParquetShard:
     """The rows of one file by their numbers."""
 
-    def __init__(self, path: str, name: str, index: ShardIndex) -> None:
+    def __init__(self, path: str, name: str, index: ShardIndex, groups: RowGroups | None = None) -> None:
+        """`groups` is shared by the shards of a source."""
         self.path = path
         self.name = name
         self.index = index
         self._arrays = dict(index.arrays)
-        self._last: tuple[int, tuple[str, ...] | None, Any] | None = None
+        self._groups = groups or RowGroups()
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -145,10 +183,8 @@ class ParquetShard:
             SkipSample: if the row group has changed or cannot be read.
         """
         group = int(np.searchsorted(self._arrays["first_row"], row, side="right")) - 1
-        if self._last is None or self._last[:2] != (group, columns):
-            self._last = (group, columns, self._read_group(group, columns))
-        place = row - int(self._arrays["first_row"][group])
-        (found,) = self._last[2].slice(place, 1).to_pylist()
+        table = self._groups.get((self.path, group, columns), lambda: self._read_group(group, columns))
+        (found,) = table.slice(row - int(self._arrays["first_row"][group]), 1).to_pylist()
         return found
 
     def _read_group(self, group: int, columns: tuple[str, ...] | None) -> Any:

@@ -8,7 +8,8 @@ cannot be told, or that is too long, is a hole: it is counted with the pack that
 it are what they would be without it. A sample that turns out bad later, when it is decoded, leaves its place in its
 pack empty; no other sample moves.
 
-The state is the counters of the mixture, names and sizes of the samples that wait (at most 128), and the pack's number;
+The state is the counters of the mixture, names and sizes of the samples that wait (at most 128, or what one pack of
+short ones begins with), and the pack's number;
 to continue from it touches no sample.
 """
 
@@ -18,11 +19,11 @@ from typing import NamedTuple, cast
 
 from .changes import source_changes
 from .config import PlanConfig
-from .errors import SkipReason, SkipSample
+from .errors import DataError, SkipReason, SkipSample
 from .order import Draw, Mixture, refuse_other_settings
 from .packing import Packer
 from .samples import Size
-from .sources import AnySample, HasSizes, Source
+from .sources import AnySample, HasPlaces, HasSizes, Source
 
 _MOST_HOLES = 100
 """Holes that are handed out at the latest, with a pack of nothing: a source of bad samples alone must not plan on for
@@ -55,11 +56,13 @@ class Hole(NamedTuple):
     reason: SkipReason
     detail: str
     where: str
+    follows_good: bool = False
+    """Whether a good sample of the source was drawn since its last hole: holes are told before what waits is packed."""
 
     @classmethod
-    def of(cls, source: str, index: int, skip: SkipSample) -> "Hole":
+    def of(cls, source: str, index: int, skip: SkipSample, follows_good: bool = False) -> "Hole":
         """What a skip says, with a place if it has none."""
-        return cls(source, skip.reason, skip.detail, skip.where or f"{source}:{index}")
+        return cls(source, skip.reason, skip.detail, skip.where or f"{source}:{index}", follows_good)
 
     @property
     def skip(self) -> SkipSample:
@@ -103,6 +106,7 @@ class Plan:
         """Packs planned so far."""
         self.reading = ""
         """The sample that is being looked at, as "source:index (id)", for whoever waits in vain."""
+        self._good: set[str] = set()
         self._measure = measure
         self._limit = Size(cfg.max_tokens, cfg.max_tiles or _ANY_NUMBER)
         self._mixture = Mixture(sources, cfg.ratios, seed=cfg.seed, unit=cfg.ratio_unit, epochs=cfg.epochs)
@@ -121,7 +125,8 @@ class Plan:
         """Fill the packer's window and plan a pack.
 
         Raises:
-            ValueError: a sample is too long, where that is an error.
+            DataError: a sample is too long, where that is an error.
+            ShardError: a shard or its index is not there any more, or another one.
         """
         holes: list[Hole] = []
         while not self._packer.is_ready and len(holes) < _MOST_HOLES:
@@ -133,8 +138,12 @@ class Plan:
                 entry = self._entry(draw, index)
                 self._packer.push(entry, *entry.size)
             except SkipSample as skip:
-                holes.append(Hole.of(self.sources[draw.source].name, index, skip))
+                name = self.sources[draw.source].name
+                skip.where = skip.where or self._place(draw.source, index)
+                holes.append(Hole.of(name, index, skip, name in self._good))
+                self._good.discard(name)
             else:
+                self._good.add(self.sources[draw.source].name)
                 self._mixture.count_tokens(draw, entry.size.tokens)
         is_done = len(holes) >= _MOST_HOLES or len(self._packer) == 0
         if is_done and not holes:
@@ -167,6 +176,11 @@ class Plan:
             return entry.sample
         return self._read(entry.draw.source, entry.index)
 
+    @property
+    def waiting(self) -> tuple[Entry, ...]:
+        """What has been drawn and is in no pack yet."""
+        return self._packer.waiting
+
     def epochs(self) -> dict[str, float]:
         """How many times over each source has been drawn."""
         return self._mixture.epochs()
@@ -176,6 +190,7 @@ class Plan:
         return {
             "number": self.number,
             "too_long": self.cfg.too_long,
+            "good": sorted(self._good),
             "fingerprints": {source.name: source.fingerprint for source in self.sources},
             "mixture": self._mixture.state_dict(),
             "packer": self._packer.state_dict(lambda entry: [*entry.draw, entry.is_cut]),
@@ -228,6 +243,7 @@ class Plan:
 
         self._packer.load_state_dict(cast(Mapping[str, object], state["packer"]), remake)
         self.number = cast(int, state["number"])
+        self._good = set(cast(list[str], state["good"]))
         return {name: what for name, what in changed.items() if name in places}
 
     def _entry(self, draw: Draw, index: int) -> Entry:
@@ -235,25 +251,37 @@ class Plan:
 
         Raises:
             SkipSample: if it is bad.
-            ValueError: if it is too long, where that is an error.
+            DataError: if it is too long, where that is an error.
         """
         source = self.sources[draw.source]
         size = source.size(index) if isinstance(source, HasSizes) else None
         sample = None
         if size is None:
             sample = self._read(draw.source, index)
-            size = self._measure(sample, None)
+            size = self._size_of(sample, None)
         is_cut = not self._packer.fits(size) and self.cfg.too_long == "truncate-text"
         if is_cut:
             sample = sample or self._read(draw.source, index)
-            size = self._measure(sample, self._limit)
+            size = self._size_of(sample, self._limit)
         if not self._packer.fits(size) and self.cfg.too_long == "error":
-            raise ValueError(
-                f"{source.name}:{index}: expected at most {self.cfg.max_tokens} tokens and "
+            place = self._place(draw.source, index) or index
+            raise DataError(
+                f"{source.name}/{place}: expected at most {self.cfg.max_tokens} tokens and "
                 f"{self.cfg.max_tiles or 'any number of'} tiles, got {size.tokens} and {size.tiles}; raise the budget "
                 "or shorten it"
             )
         return Entry(draw, index, size, is_cut, sample if sample is not None and _is_light(sample) else None)
+
+    def _size_of(self, sample: AnySample, limit: Size | None) -> Size:
+        try:
+            return self._measure(sample, limit)
+        except SkipSample as skip:
+            skip.where = skip.where or sample.id
+            raise
+
+    def _place(self, source: int, index: int) -> str:
+        found = self.sources[source]
+        return found.place(index) if isinstance(found, HasPlaces) else ""
 
     def _read(self, source: int, index: int) -> AnySample:
         self.reading = f"{self.sources[source].name}:{index}"

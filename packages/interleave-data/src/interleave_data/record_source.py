@@ -20,6 +20,7 @@ from .containers import Shard, ShardRecord, make_index, open_shard, shard_kind
 from .errors import ShardError, SkipSample
 from .formats import Setting
 from .index_file import IndexHeader, Lengths, ShardIndex, fresh_header
+from .parquet_shards import RowGroups
 from .records import Body, Format, Images, PreferenceBody
 from .samples import ImagePart, PreferenceSample, Sample, Size
 from .sources import AnySample, printable
@@ -100,6 +101,7 @@ class RecordSource:
         self._names = _shard_names(self._paths)
         self._ends = np.cumsum([header.num_samples for header in self._headers], dtype=np.int64)
         self._open: OrderedDict[int, tuple[Shard, Lengths | None]] = OrderedDict()
+        self._groups = RowGroups()
         whole = msgspec.json.encode([list(self.shards.items()), sorted(self._settings.items())])
         self.fingerprint = sha256(whole).hexdigest()[:16]
         """Digest of the shards' names, order and contents and the format's settings; not of folders, nor of times."""
@@ -137,7 +139,7 @@ class RecordSource:
 
         Raises:
             SkipSample: if it is bad, with its shard and key.
-            ShardError: if the shard's index has been replaced.
+            ShardError: if the shard or its index is gone, or another one.
             IndexError: if there is no such sample.
         """
         record = self.record(index)
@@ -154,11 +156,20 @@ class RecordSource:
         """Refer to the record of a sample, before any format.
 
         Raises:
-            ShardError: if the shard's index has been replaced.
+            ShardError: if the shard or its index is gone, or another one.
             IndexError: if there is no such sample.
         """
         shard, row = self._locate(index)
         return self._shard(shard)[0].record(row)
+
+    def place(self, index: int) -> str:
+        """Shard and key or number of a sample, its id; no sample is read.
+
+        Raises:
+            ShardError: if the shard or its index is gone, or another one.
+            IndexError: if there is no such sample.
+        """
+        return self.record(index).where
 
     def size(self, index: int) -> Size | None:
         """What a sample comes to in tokens and tiles; None if it was not measured, or could not be.
@@ -202,7 +213,7 @@ class RecordSource:
         """(width, height) in pixels of the pictures that lie in the record, from the index; 0, 0 where it is unknown.
 
         Raises:
-            ShardError: if the shard's index has been replaced.
+            ShardError: if the shard or its index is gone, or another one.
             IndexError: if there is no such sample.
         """
         return self.record(index).image_sizes()
@@ -219,11 +230,16 @@ class RecordSource:
             self._open.move_to_end(number)
             return found
         path, header = self._paths[number], self._headers[number]
-        index = self._in_memory.get(number) or ShardIndex.load(path, may_be_cut=self._may_be_cut)
+        try:
+            index = self._in_memory.get(number) or ShardIndex.load(path, may_be_cut=self._may_be_cut)
+            lengths = None if self._lengths is None else Lengths.load(path, self._lengths, header)
+        except OSError as error:
+            raise ShardError(
+                f"{path}: expected it and its index as they were opened, got {error}; put them back and resume"
+            ) from error
         if index.digest != header.digest:
             raise ShardError(f"{path}: expected the index of when it was opened, got another; start anew or resume")
-        lengths = None if self._lengths is None else Lengths.load(path, self._lengths, header)
-        found = self._open[number] = open_shard(path, self._names[number], index), lengths
+        found = self._open[number] = open_shard(path, self._names[number], index, self._groups), lengths
         if len(self._open) > _MAX_OPEN_SHARDS:
             self._open.popitem(last=False)
         return found

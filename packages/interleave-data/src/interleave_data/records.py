@@ -7,7 +7,7 @@ container that can hold it.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol, TypeVar, runtime_checkable
@@ -95,16 +95,6 @@ class Images:
         if found is None:
             raise SkipSample(SkipReason.UNREADABLE_FILE, f"expected the picture of {reference} at {name}.*, got none")
         return image_inside(self.root, found)
-
-    def parts(self, references: str | Sequence[str] | None) -> list[ImagePart]:
-        """The pictures of a record that may name one, several or none.
-
-        Raises:
-            SkipSample: as `part`.
-        """
-        if references is None:
-            return []
-        return [self.part(name) for name in ([references] if isinstance(references, str) else references)]
 
 
 Format = Callable[[Record, Images], Body]

@@ -47,6 +47,15 @@ class HasSizes(Protocol):
         ...
 
 
+@runtime_checkable
+class HasPlaces(Protocol):
+    """A source that can say where a sample lies without reading it."""
+
+    def place(self, index: int) -> str:
+        """Shard and key or number, which is the sample's id."""
+        ...
+
+
 @dataclass(frozen=True)
 class InMemory:
     """Samples that are already there: drawn by the program, or a handful in a test."""
@@ -91,7 +100,8 @@ def path_inside(root: str, path: str) -> str:
     real_root = os.path.realpath(root)
     real = os.path.realpath(os.path.join(real_root, path))
     if os.path.commonpath([real_root, real]) != real_root:
-        raise SkipSample(SkipReason.PATH_REFUSED, f"expected a path inside the image root, got {path!r}")
+        detail = f"expected a path inside the image root, got {path!r}, which is {real!r}"
+        raise SkipSample(SkipReason.PATH_REFUSED, f"{detail}; name an image_root that holds both")
     return real
 
 

@@ -92,6 +92,7 @@ class Stream(Generic[Encoded, Packed]):
 
         Raises:
             TooManySkips: a source is worse than the limits allow.
+            DataError: a shard is not what it was, or a sample is too long where that is an error.
             WorkerError: a worker died or lets us wait for too long.
         """
         while True:
@@ -99,7 +100,7 @@ class Stream(Generic[Encoded, Packed]):
             self._consumed = made.state
             for event in made.events:
                 if event.hole is not None:
-                    self.skips.skip(event.source, event.hole.skip)
+                    self.skips.skip(event.source, event.hole.skip, event.hole.follows_good)
                     continue
                 self.skips.keep(event.source)
                 if event.is_truncated:

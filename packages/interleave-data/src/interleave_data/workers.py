@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .errors import SkipReason, WorkerError
+from .errors import DataError, SkipReason, WorkerError
 from .making import Encoded, Event, Made, Maker, Packed
 from .plan import Hole
 from .samples import Size
@@ -53,7 +53,7 @@ class _Body(msgspec.Struct, array_like=True):
     data: Any
     ids: list[bytes]
     size: tuple[int, int]
-    events: list[tuple[str, tuple[str, str, str] | None, bool]]
+    events: list[tuple[str, tuple[str, str, str, bool] | None, bool]]
     state: dict[str, Any]
 
 
@@ -108,7 +108,12 @@ def _body_of(made: Made[Any]) -> _Body:
                 event.source,
                 None
                 if event.hole is None
-                else (event.hole.reason.value, _sendable(event.hole.detail), _sendable(event.hole.where)),
+                else (
+                    event.hole.reason.value,
+                    _sendable(event.hole.detail),
+                    _sendable(event.hole.where),
+                    event.hole.follows_good,
+                ),
                 event.is_truncated,
             )
             for event in made.events
@@ -180,7 +185,7 @@ class WorkerPool(Generic[Encoded, Packed]):
 
         Raises:
             WorkerError: the worker has died, met an error of the program, or lets us wait for longer than allowed.
-            ValueError: what a worker raised as such.
+            DataError, ValueError: what a worker raised as such.
         """
         worker = self._turn % len(self._connections)
         connection = self._connections[worker]
@@ -238,9 +243,11 @@ class WorkerPool(Generic[Encoded, Packed]):
 
 def _error_of(fault: _Fault, worker: int) -> Exception:
     """What a worker's error is raised as here: the same for what users can mend, with the worker's trace as a note."""
-    is_value_error = fault.type == "ValueError"
+    known: dict[str, type[Exception]] = {"DataError": DataError, "ValueError": ValueError}
     error = (
-        ValueError(fault.text) if is_value_error else WorkerError(f"data worker {worker}: {fault.type}: {fault.text}")
+        known[fault.type](fault.text)
+        if fault.type in known
+        else WorkerError(f"data worker {worker}: {fault.type}: {fault.text}")
     )
     error.add_note(fault.trace)
     return error
@@ -295,8 +302,8 @@ def _work(
 
 
 def _fault_of(error: Exception) -> _Fault:
-    # A subclass may take other arguments than a text; only ValueError itself is made again.
+    # A subclass may take other arguments than a text; only these two themselves are made again.
     is_value_error = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
-    kind = "ValueError" if is_value_error else type(error).__name__
+    kind = "DataError" if isinstance(error, DataError) else "ValueError" if is_value_error else type(error).__name__
     trace = "".join(traceback.format_exception(error))
     return _Fault(kind, _sendable(str(error)), _sendable(trace))

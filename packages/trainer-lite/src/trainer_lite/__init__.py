@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .contract import Batch as Batch
     from .contract import LossSum as LossSum
     from .contract import ModelFiles as ModelFiles
+    from .contract import NamesSkips as NamesSkips
     from .contract import StepModel as StepModel
     from .contract import Stream as Stream
     from .contract import TellsChanges as TellsChanges
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .muon import orthogonalize as orthogonalize
     from .optimizer import Optimizers as Optimizers
     from .optimizer import group_parameters as group_parameters
+    from .progress import IndexProgress as IndexProgress
     from .progress import Progress as Progress
     from .progress import QuietProgress as QuietProgress
     from .progress import TqdmProgress as TqdmProgress
@@ -44,10 +46,12 @@ _HOMES = {
     "Batch": "contract",
     "FitResult": "loop",
     "FoundCheckpoint": "run_folder",
+    "IndexProgress": "progress",
     "LossSum": "contract",
     "MetricsLog": "metrics",
     "ModelFiles": "contract",
     "Muon": "muon",
+    "NamesSkips": "contract",
     "NonFiniteError": "loop",
     "OptimizerConfig": "config",
     "Optimizers": "optimizer",
@@ -81,10 +85,12 @@ __all__ = [
     "Batch",
     "FitResult",
     "FoundCheckpoint",
+    "IndexProgress",
     "LossSum",
     "MetricsLog",
     "ModelFiles",
     "Muon",
+    "NamesSkips",
     "NonFiniteError",
     "OptimizerConfig",
     "Optimizers",

@@ -4,12 +4,14 @@ Nothing here names a recipe or an architecture. A batch is whatever the model un
 attributes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
+
+from interleave_data import SkipSample
 
 
 @runtime_checkable
@@ -89,6 +91,15 @@ class TellsChanges(Protocol):
 
     def changes(self, state: dict[str, Any]) -> list[str]:
         """How the data differ from those that a state was saved with, in words; empty if they do not."""
+        ...
+
+
+@runtime_checkable
+class NamesSkips(Protocol):
+    """A stream that also says which samples it left out; the loop writes them down."""
+
+    def take_skips(self) -> Sequence[tuple[str, SkipSample]]:
+        """(source, reason and place) of each sample left out since this was last asked."""
         ...
 
 

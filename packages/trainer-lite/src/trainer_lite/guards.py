@@ -4,14 +4,14 @@ A step that is left out moves nothing: no parameter, no moment, no rate. Its sam
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
 import msgspec
 
-from .atomic import write_atomically
+from .atomic import append_whole, write_atomically
 from .config import TrainConfig
 
 LeftOut = Literal["non_finite_update", "no_target_update", "loss_spike_update"]
@@ -53,13 +53,15 @@ class StepLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, stage: str, step: int, sample_ids: Sequence[str], figures: dict[str, float | bool]) -> None:
-        """Write one line; figures that JSON has no number for are written as text."""
-        shown = {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
-        # A file name that is no UTF-8 holds surrogates, which JSON cannot.
-        ids = [name.encode("utf-8", "backslashreplace").decode() for name in sample_ids]
-        with self.path.open("ab") as file:
-            file.write(msgspec.json.encode({"stage": stage, "step": step, **shown, "sample_ids": ids}) + b"\n")
+    def append(self, stage: str, step: int, sample_ids: Sequence[str], facts: Mapping[str, float | bool | str]) -> None:
+        """Write one line; figures that JSON has no number for are written as text.
+
+        Raises:
+            OSError: the disk is full; the file is as it was.
+        """
+        shown = {name: _writable(value) for name, value in facts.items()}
+        line = {"stage": stage, "step": step, **shown, "sample_ids": [_writable(name) for name in sample_ids]}
+        append_whole(self.path, msgspec.json.encode(line) + b"\n")
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget the steps of `stage` behind `step`, which are done again, and a line that a kill has cut."""
@@ -73,6 +75,13 @@ class StepLog:
             if place.stage != stage or place.step <= step:
                 kept.append(line)
         write_atomically(self.path, b"".join(kept))
+
+
+def _writable(value: float | bool | str) -> float | bool | str:
+    if isinstance(value, str):
+        # A file name that is no UTF-8 holds surrogates, which JSON cannot.
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value if math.isfinite(value) else str(value)
 
 
 class _Place(msgspec.Struct):

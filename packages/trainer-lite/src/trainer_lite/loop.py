@@ -14,7 +14,7 @@ A resumed run continues bit for bit: parameters, moments, random states, counter
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +32,8 @@ from interleave_data import samples_digest
 
 from .background import BackgroundSave
 from .config import TrainConfig
-from .contract import BatchT, ModelFiles, StepModel, Stream, TellsChanges
-from .guards import LeftOut, is_spike, left_out, with_loss
+from .contract import BatchT, ModelFiles, NamesSkips, StepModel, Stream, TellsChanges
+from .guards import LeftOut, StepLog, is_spike, left_out, with_loss
 from .metrics import StepRecord, format_count, format_record
 from .optimizer import Optimizers
 from .progress import Progress, QuietProgress
@@ -212,7 +212,11 @@ class Trainer(Generic[BatchT]):
 
         waited_s = self._waited_s
         self.optimizers.zero_grad()
-        update = self._gather(batches)
+        try:
+            update = self._gather(batches)
+        finally:
+            # Also where there are too many of them.
+            self._note_skips()
         if update is None:
             return None
         loss = update.loss
@@ -315,15 +319,34 @@ class Trainer(Generic[BatchT]):
         step, recent = self.counters.step + 1, self.counters.recent_losses
         if reason == "non_finite_update":
             figures: dict[str, float | bool] = {"loss": loss, "grad_norm": grad_norm}
-            self.run.nonfinite.append(self.stage, step, update.sample_ids, figures)
+            self._note(self.run.nonfinite, step, update.sample_ids, figures)
         elif update.num_targets > 0 and is_spike(loss, recent, self.cfg):
             is_left_out = reason == "loss_spike_update"
             figures = {"loss": loss, "median": median(recent), "grad_norm": grad_norm, "is_left_out": is_left_out}
-            self.run.spikes.append(self.stage, step, update.sample_ids, figures)
+            self._note(self.run.spikes, step, update.sample_ids, figures)
             self.progress.line(
                 f"{self.stage} {step}: loss {loss:.4f} is {loss / median(recent):.1f} times the median of the last "
                 f"{len(recent)}{', the update is left out' if is_left_out else ''}; samples in {self.run.spikes.path}"
             )
+
+    def _note_skips(self) -> None:
+        """Write down the samples that were left out on the way to this step's batches."""
+        skips = self.stream.take_skips() if isinstance(self.stream, NamesSkips) else ()
+        if self.run is None:
+            return
+        for source, skip in skips:
+            facts = {"reason": skip.reason.value, "detail": skip.detail}
+            self._note(self.run.skips, self.counters.step + 1, [f"{source}/{skip.where}"], facts)
+
+    def _note(
+        self, log: StepLog, step: int, sample_ids: Sequence[str], facts: Mapping[str, float | bool | str]
+    ) -> None:
+        try:
+            log.append(self.stage, step, sample_ids, facts)
+        except OSError as error:
+            if self.cfg.on_save_error == "stop":
+                raise
+            self.progress.line(f"warning: {log.path}: {error.strerror}; a line is lost")
 
     def _log(self, record: StepRecord) -> None:
         if self.run is not None:

@@ -1,6 +1,5 @@
 """metrics.jsonl: one line per optimiser step, whole or absent, without steps told twice after a resume."""
 
-import errno
 import math
 import os
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from .atomic import write_atomically
+from .atomic import append_whole, write_atomically
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -76,7 +75,7 @@ class MetricsLog:
         self._waiting = b""
 
     def append(self, record: StepRecord) -> None:
-        """Write one line in one call, so that a kill leaves at most one cut line at the end.
+        """Write one line, whole or not at all.
 
         Raises:
             OSError: the disk is full; the line waits for the next call, and the file is as it was.
@@ -85,14 +84,7 @@ class MetricsLog:
         self._write_waiting()
 
     def _write_waiting(self) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            try:
-                if file.write(self._waiting) < len(self._waiting):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            except OSError:
-                file.truncate(end)
-                raise
+        append_whole(self.path, self._waiting)
         self._waiting = b""
 
     def sync(self) -> None:

@@ -46,6 +46,7 @@ class RunFolder:
         self.latest_path = self.checkpoints_path / "latest"
         self.nonfinite = StepLog(self.path / "nonfinite.jsonl")
         self.spikes = StepLog(self.path / "spikes.jsonl")
+        self.skips = StepLog(self.path / "skips.jsonl")
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
 
     @classmethod
@@ -171,9 +172,8 @@ class RunFolder:
         Raises:
             ValueError: a line of metrics.jsonl that is no record, with its number.
         """
-        self.metrics.rewind(stage, step)
-        self.nonfinite.rewind(stage, step)
-        self.spikes.rewind(stage, step)
+        for log in (self.metrics, self.nonfinite, self.spikes, self.skips):
+            log.rewind(stage, step)
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoint folders, oldest first, whole or not."""

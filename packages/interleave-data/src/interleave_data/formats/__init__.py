@@ -50,7 +50,7 @@ class Reader:
 
 FORMATS = {
     "llava-json": Layout("llava", "read_llava"),
-    "mantis": Layout("mantis", "read_mantis"),
+    "mantis": Layout("llava", "read_llava"),
     "vlguard": Layout("vlguard", "read_vlguard"),
     "obelics": Layout("documents", "read_obelics"),
     "obelics-jsonl": Layout("documents", "read_obelics", ("json",)),

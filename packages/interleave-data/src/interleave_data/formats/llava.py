@@ -1,8 +1,10 @@
-"""Conversations about images in LLaVA's JSON layout, and the few spellings of it that are about.
+"""Conversations about images in LLaVA's JSON layout, and the few spellings of it that are about, MANTIS's among them.
 
 A record is `{"id", "image", "conversations": [{"from", "value"}]}`. Also read: `images` for `image`; `conversation`
 or `messages` for `conversations`; `role` and `content` for `from` and `value`; user/assistant for human/gpt; and
-`{"question_id", "image", "question", "answer"}` as one question with its answer.
+`{"question_id", "image", "question", "answer"}` as one question with its answer. An image is a path, or bytes or
+`{"bytes", "path"}` in parquet rows; of several there is a list. MANTIS (arXiv:2405.01483) has `images`, `conversation`,
+`role` and `content`.
 
 Where `<image>` stands, an image goes. A record with exactly one image but no mark, or several, gets LLaVA's rule: the
 image moves to the front of the first human turn. Any other disagreement between marks and images is a bad record. A
@@ -11,13 +13,14 @@ business, so that training and chat agree.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from ..errors import SkipReason, SkipSample
-from ..records import Body, Images, Record
+from ..records import Images, Record
 from ..samples import ImagePart, Part, Role, TextPart, Turn
+from .pictures import picture_parts
 
 IMAGE_MARK = "<image>"
 _ROLES: dict[str, Role] = {
@@ -38,8 +41,8 @@ class _Message(msgspec.Struct, frozen=True):
 
 
 class _Fields(msgspec.Struct, frozen=True):
-    image: str | list[str] | None = None
-    images: str | list[str] | None = None
+    image: Any = None
+    images: Any = None
     conversations: list[_Message] | None = None
     conversation: list[_Message] | None = None
     messages: list[_Message] | None = None
@@ -54,7 +57,7 @@ class Speech(NamedTuple):
     text: str
 
 
-def read_llava(record: Record, images: Images) -> Body:
+def read_llava(record: Record, images: Images) -> tuple[Turn, ...]:
     """Read one conversation over one image, several or none.
 
     Raises:
@@ -62,7 +65,7 @@ def read_llava(record: Record, images: Images) -> Body:
     """
     fields = record.decode(_Fields)
     named = fields.image if fields.image is not None else fields.images
-    return place_images(_speeches(fields), images.parts(named))
+    return place_images(_speeches(fields), picture_parts(named, images))
 
 
 def place_images(speeches: Sequence[Speech], images: Sequence[ImagePart]) -> tuple[Turn, ...]:

@@ -1,21 +1,24 @@
 """Preference pairs: a prompt, the answer to prefer and the one to avoid.
 
-`{"id", "image": path | [path, ...], "prompt": str, "chosen": str, "rejected": str}`; `images` is read for `image` and
-`question` for `prompt`. `<image>` marks in the prompt are placed as in LLaVA's layout.
+`{"id", "image": picture | [picture, ...], "prompt": str, "chosen": str, "rejected": str}`; `images` is read for `image`
+and `question` for `prompt`. `<image>` marks in the prompt are placed as in LLaVA's layout.
 """
+
+from typing import Any
 
 import msgspec
 
 from ..errors import SkipReason, SkipSample
 from ..records import Body, Images, PreferenceBody, Record
 from .llava import IMAGE_MARK, Speech, place_images
+from .pictures import picture_parts
 
 
 class _Fields(msgspec.Struct, frozen=True):
     chosen: str
     rejected: str
-    image: str | list[str] | None = None
-    images: str | list[str] | None = None
+    image: Any = None
+    images: Any = None
     prompt: str | None = None
     question: str | None = None
 
@@ -37,4 +40,5 @@ def read_preferences(record: Record, images: Images) -> Body:
     if fields.chosen == fields.rejected:
         raise SkipSample(SkipReason.BAD_RECORD, "expected two different answers, got the same one twice")
     named = fields.image if fields.image is not None else fields.images
-    return PreferenceBody(place_images([Speech("user", prompt)], images.parts(named)), fields.chosen, fields.rejected)
+    pictures = picture_parts(named, images)
+    return PreferenceBody(place_images([Speech("user", prompt)], pictures), fields.chosen, fields.rejected)
