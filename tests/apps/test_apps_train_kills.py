@@ -91,7 +91,7 @@ def test_the_embedded_world_goes_on_where_it_was(train, parse, monkeypatch, tiny
     data = stage_data("interleaved", 4, seed=1)
 
     def stream(state: dict | None = None):
-        made = make_stream(stage, data, tiny_processor, None, seed=1)
+        made = make_stream(stage, data, tiny_processor, None)
         if state is not None:
             made.load_state_dict(json.loads(json.dumps(state)))
         return made

@@ -102,7 +102,8 @@ def main(program_file: str, folder: Path, request: dict) -> list[dict]:
     changes = itertools.cycle(request.get("changes", [[]]))
     for kind in kills:
         # All shares together are less than a whole run, so that none of the children gets to its end.
-        share = counts[kind] // (1 if kind == "startup" else len(kills))
+        # Start-up is half of one at most, as a run that goes on skips some of what a new one does.
+        share = counts[kind] // (2 if kind == "startup" else len(kills))
         kill_at = drawn.randint(1 if kind == "startup" else share // 2, share)
         status, _ = forked(program, run.path, [*arguments, *next(changes)], **{kind: kill_at})
         found = run.find_checkpoint()
