@@ -87,7 +87,7 @@ def test_the_embedded_world_goes_on_where_it_was(train, parse, monkeypatch, tiny
     from train_world import stage_data
 
     monkeypatch.setattr(train_stages, "_LOOK_AHEAD", 6)
-    stage = parse("interleaved", "--max-samples", "3").stage
+    stage = parse("interleaved", "--max-tokens", "1024").stage
     data = stage_data("interleaved", 4, seed=1)
 
     def stream(state: dict | None = None):

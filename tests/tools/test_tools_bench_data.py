@@ -11,6 +11,7 @@ import torch
 
 @pytest.fixture
 def bench(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
     spec = importlib.util.spec_from_file_location("bench_data", repo_root / "tools/bench_data.py")
     assert spec is not None
     assert spec.loader is not None
