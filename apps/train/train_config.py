@@ -195,7 +195,7 @@ class DemoRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Run folder; a number is added if it is taken."""
     seed: int = 0
     """Seed of weights, pictures and order; a stage's own seed is added for its order."""
-    eval_questions: int = 300
+    eval_questions: int = 250
     """Held-out questions a skill, asked after each stage; a tenth of them before SFT, for comparison."""
     feature_cache_mb: int = 896
     """Memory for the frozen vision tower's features."""
