@@ -40,6 +40,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: dict[str, float]
     wall_s_total: float
     peak_rss_bytes: int
+    """Of the process that trains; that of its data worker comes on top."""
     num_parameters: int
     seed: int
 

@@ -22,7 +22,7 @@ def write_report(run: RunFolder, summary: Summary, exam: Exam, model: Blip3Confi
         {
             "parameters": f"{summary.num_parameters / 1e6:.2f} M",
             "time": f"{summary.wall_s_total:.0f} s",
-            "memory at the peak": f"{summary.peak_rss_bytes / 2**30:.2f} GiB",
+            "memory at the peak, data worker apart": f"{summary.peak_rss_bytes / 2**30:.2f} GiB",
             "overall": f"{summary.stages[last].overall:.1%}",
             "seed": summary.seed,
         }

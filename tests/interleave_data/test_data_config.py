@@ -150,6 +150,26 @@ def test_pattern_takes_shards_of_any_container_and_nothing_else(tmp_path):
         assert [source[index].id for index in range(len(source))] == ["a.jsonl:0", "a.jsonl:1", "b.json:0"]
 
 
+def test_folder_of_the_data_file_is_no_pattern(tmp_path):
+    folder = tmp_path / "run[1]*"
+    folder.mkdir()
+    for name in ("a-0", "a-1"):
+        (folder / f"{name}.jsonl").write_text('{"text": "t"}\n')
+    for path, count in (("a-*.jsonl", 2), ("a-1.jsonl", 1)):
+        data_file = load_data_file(write(folder, f'[[sources]]\nname = "docs"\nformat = "text"\npath = "{path}"\n'))
+        assert len(open_sources(data_file)[0]) == count
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "docs.parquet").write_bytes(b"PAR1")
+    data_file = load_data_file(
+        write(tmp_path, '[[sources]]\nname = "docs"\nformat = "text"\npath = "docs.parquet"\n')
+    )
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataFileError, match=r"docs: parquet: .* install interleave-data\[parquet\]"):
+        open_sources(data_file)
+
+
 def test_damaged_shard_is_an_error_on_opening(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"x" * 2000)
     path = write(tmp_path, '[[sources]]\nname = "s"\nformat = "caption-tars"\npath = "*.tar"\n')

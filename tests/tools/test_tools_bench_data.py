@@ -1,7 +1,6 @@
 """The data benchmark: what it counts, and that it compares pixels."""
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -12,13 +11,7 @@ import torch
 @pytest.fixture
 def bench(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(repo_root / "tools"))
-    spec = importlib.util.spec_from_file_location("bench_data", repo_root / "tools/bench_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_data", module)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("bench_data")
 
 
 def test_first_batch_is_not_counted(bench: ModuleType) -> None:

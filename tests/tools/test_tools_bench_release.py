@@ -1,7 +1,6 @@
 """The full model's benchmark: what it counts, and that both ways to weights give the same model."""
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -26,12 +25,8 @@ TINY = Blip3Config(
 
 @pytest.fixture
 def bench(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_release", repo_root / "tools/bench_release.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_release", module)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    module = importlib.import_module("bench_release")
     monkeypatch.setattr(module, "_COPY_BYTES", 1 << 20)
     return module
 

@@ -1,6 +1,6 @@
 """Perplexity of a text, against a loop over its tokens."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -11,13 +11,9 @@ from phi3_lite import Phi3, Phi3Config
 
 
 @pytest.fixture
-def tool(repo_root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("perplexity", repo_root / "tools/perplexity.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    return importlib.import_module("perplexity")
 
 
 def test_mean_nats_equal_a_loop_over_windows(tool: ModuleType) -> None:

@@ -1,5 +1,7 @@
 """What a run reads: limits on images and on skips, and the data file that lists the sources. Imports no torch."""
 
+import glob
+import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -207,12 +209,18 @@ def load_data_file(path: str | Path) -> DataFile:
     sources = tuple(
         msgspec.structs.replace(
             source,
-            path=str(folder / source.path),
+            path=_joined(folder, source.path),
             image_root=None if source.image_root is None else str(folder / source.image_root),
         )
         for source in data_file.sources
     )
     return msgspec.structs.replace(data_file, sources=sources)
+
+
+def _joined(folder: Path, path: str) -> str:
+    """The path from there; in front of a pattern, the folder's own name is none."""
+    plain = folder / path
+    return str(plain if plain.is_file() or os.path.isabs(path) else Path(glob.escape(str(folder))) / path)
 
 
 def _nearest_key(message: str) -> str:

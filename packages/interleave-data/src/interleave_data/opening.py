@@ -30,7 +30,8 @@ def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIn
     `lengths` is the fingerprint under which `tools/index.py` has measured the samples.
 
     Raises:
-        DataFileError: if a path matches nothing, an image root is no folder, or a shard cannot hold the format.
+        DataFileError: if a path matches nothing, an image root is no folder, a shard cannot hold the format, or the
+            package that reads its kind is not installed.
         ShardError: if a shard is damaged, or has another size than was indexed (a smaller one: see `cut_shards`).
     """
     layout = FORMATS[cfg.format]
@@ -58,7 +59,7 @@ def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIn
         )
     except ShardError as error:
         raise ShardError(f"{cfg.name}: {error}") from error
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise DataFileError(f"{cfg.name}: {error}") from error
     if source.num_left_out:
         _log.warning(
