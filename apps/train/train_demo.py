@@ -153,6 +153,7 @@ def _finish(path: Path, summary: Summary, exam: Exam, run: RunFolder, config: De
     for stage, predictions in exam.predictions.items():
         write_predictions(path / "predictions" / f"{stage}.jsonl", predictions)
     write_report(run, summary, exam, config.model)
-    say(f"done in {summary.wall_s_total:.0f} s, {summary.peak_rss_bytes / 2**30:.2f} GiB at the peak, data worker apart")
+    peak = f"{summary.peak_rss_bytes / 2**30:.2f} GiB at the peak, data worker apart"
+    say(f"done in {summary.wall_s_total:.0f} s, {peak}")
     say(f"report {path / 'report.html'}\nfigures {path / 'summary.json'}")
     say(f"chat: uv run apps/chat --model {path / 'model'}")
