@@ -1,14 +1,15 @@
 """Write the indexes of shards, once: where each record lies, its checksum, the sizes of its pictures.
 
-    uv run tools/index.py PATH...                        # shards, folders of them, patterns, or data files
+    uv run tools/index.py PATH...                        # shards, folders of them, patterns, addresses, data files
     uv run tools/index.py DATA.toml --checkpoint DIR     # and how many tokens and tiles each sample comes to
     uv run tools/index.py DATA.toml --checkpoint DIR --views base    # in pre-training, one view a picture
 
-A shard is a .tar, .json, .jsonl or .parquet; its index lies beside it as SHARD.index. What is up to date is passed
-over, so the command can be given again when shards were added, and a run may start meanwhile (`indexed_only = true` in
-its data file). Lengths are exact for the tokenizer and the tiling of the checkpoint, of which only config.json and the
-tokenizer are read, and for the data file's limits on pictures; under others a run measures anew. A damaged shard is
-named at the end and the others are done all the same.
+A shard is a .tar, .json, .jsonl or .parquet; its index lies beside it as SHARD.index, that of one at an address
+(s3://, gs://, https://) in the user's cache folder, through which the shard is copied for this once. What is up to
+date is passed over, so the command can be given again when shards were added, and a run may start meanwhile
+(`indexed_only = true` in its data file). Lengths are exact for the tokenizer and the tiling of the checkpoint, of
+which only config.json and the tokenizer are read, and for the data file's limits on pictures; under others a run
+measures anew. A damaged shard is named at the end and the others are done all the same.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,10 +26,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from interleave_data import DataFileError, ImageLimits, RecordSource, ShardError, SourceConfig, load_data_file
-from interleave_data.containers import SUFFIXES, shard_kind, write_index
+from interleave_data.containers import SUFFIXES, fresh_index, index_shard, shard_bytes, shard_kind
 from interleave_data.formats import FORMATS
-from interleave_data.index_file import fresh_header, read_header
+from interleave_data.index_file import read_header
 from interleave_data.opening import shard_paths
+from interleave_data.places import is_remote, shown
 
 
 class Done(NamedTuple):
@@ -53,6 +55,9 @@ def find_shards(paths: Sequence[str]) -> list[str]:
             listed = [shard for source in load_data_file(path).sources for shard in shard_paths(source)]
         elif os.path.isdir(path):
             listed = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and shard_kind(str(file)))
+        elif is_remote(path):
+            # As a data file would have it.
+            listed = shard_paths(SourceConfig(name=shown(path), format="text", path=path))
         elif os.path.isfile(path):
             listed = [path] if shard_kind(path) else []
         else:
@@ -66,17 +71,26 @@ def find_shards(paths: Sequence[str]) -> list[str]:
 def is_up_to_date(path: str) -> bool:
     """Whether a shard has an index that fits it."""
     try:
-        return fresh_header(path) is not None
+        return fresh_index(path) is not None
     except ShardError:
         # Of another size, or a damaged index: to be indexed anew is what was asked for.
         return False
 
 
+def size_of(path: str) -> int:
+    """Size of a shard; none of one that cannot be read, which is said when it is indexed."""
+    try:
+        return shard_bytes(path)
+    except (ShardError, OSError):
+        return 0
+
+
 def index_one(path: str, on_bytes: Callable[[int], object] | None = None) -> Done:
     """Index one shard; what is wrong with it is for the end."""
-    num_bytes = os.path.getsize(path)
+    num_bytes = 0
     try:
-        return Done(path, num_bytes, write_index(path, on_bytes).num_samples)
+        num_bytes = shard_bytes(path)
+        return Done(path, num_bytes, index_shard(path, on_bytes).num_samples)
     except (ShardError, OSError) as error:
         return Done(path, num_bytes, 0, error=str(error))
 
@@ -86,7 +100,7 @@ def measure_one(
     views: str,
     limits: ImageLimits,
     cfg: SourceConfig,
-    image_root: str,
+    image_root: str | None,
     path: str,
     on_sample: Callable[[], object] = lambda: None,
 ) -> Done:
@@ -111,7 +125,7 @@ def measure_one(
         num_bad = source.measure(processor.size_fingerprint, processor.measure, on_sample)
     except (ShardError, OSError) as error:
         return Done(path, 0, 0, error=str(error))
-    return Done(path, os.path.getsize(path), len(source), num_bad)
+    return Done(path, 0, len(source), num_bad)
 
 
 def is_alone(paths: Sequence[str], num_jobs: int) -> bool:
@@ -132,8 +146,10 @@ def in_parallel(work: Callable[[str], Done], paths: Sequence[str], num_jobs: int
 
 def index_all(paths: Sequence[str], num_jobs: int) -> list[Done]:
     """Index what is not up to date, with rate and time left."""
-    waiting = [path for path in paths if not is_up_to_date(path)]
-    total = sum(os.path.getsize(path) for path in waiting)
+    # For shards behind an address each of these is a request.
+    with ThreadPoolExecutor(16) as threads:
+        waiting = [path for path, is_done in zip(paths, threads.map(is_up_to_date, paths), strict=True) if not is_done]
+        total = sum(threads.map(size_of, waiting))
     done: list[Done] = []
     with tqdm(total=total, desc="index", unit="B", unit_scale=True, disable=None) as bar:
         work = partial(index_one, on_bytes=bar.update) if is_alone(waiting, num_jobs) else index_one
@@ -156,8 +172,8 @@ def measure_all(data_files: Sequence[str], checkpoint: Path, views: str, num_job
         paths = [path for path in shard_paths(cfg) if is_up_to_date(path)]
         if not paths:
             continue
-        folders = [os.path.dirname(os.path.abspath(path)) for path in shard_paths(cfg)]
-        image_root = cfg.image_root or os.path.commonpath(folders)
+        folders = [os.path.dirname(os.path.abspath(path)) for path in shard_paths(cfg) if not is_remote(path)]
+        image_root = cfg.image_root or (os.path.commonpath(folders) if folders else None)
         work = partial(measure_one, checkpoint, views, limits, cfg, image_root)
         total = sum(header.num_samples for path in paths if (header := read_header(path)) is not None)
         shards: list[Done] = []
@@ -178,7 +194,7 @@ def measure_all(data_files: Sequence[str], checkpoint: Path, views: str, num_job
 def main() -> None:
     """Parse the command line, index, measure."""
     parser = argparse.ArgumentParser(prog="index", description="Write the indexes of shards.")
-    parser.add_argument("path", nargs="+", help="a shard, a folder, a pattern, or a data file")
+    parser.add_argument("path", nargs="+", help="a shard, a folder, a pattern, an address, or a data file")
     parser.add_argument("--checkpoint", type=Path, help="measure the samples of data files for this model too")
     parser.add_argument(
         "--views", choices=["tiles", "base"], default="tiles", help="pictures as the stage takes them; base: one view"

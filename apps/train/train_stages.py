@@ -137,9 +137,10 @@ class PackStream:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Samples left out so far, by reason, and those that were kept but cut."""
-        truncated = self._stream.skips.num_truncated
-        return {**self._stream.skips.by_reason(), **({"truncated": truncated} if truncated else {})}
+        """Samples left out so far, by reason, those that were kept but cut, and reads that were tried again."""
+        skips = self._stream.skips
+        others = {"truncated": skips.num_truncated, "read_again": skips.num_retries}
+        return {**skips.by_reason(), **{name: number for name, number in others.items() if number}}
 
     @property
     def waited_s(self) -> float:

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from .formats import FORMATS, SETTINGS
+from .places import SCHEMES, is_remote, scheme_of, shown
 
 # Above this Pillow warns by itself on opening, before our own limit is looked at.
 _PILLOW_WARNS_ABOVE_PX = 89_478_485
@@ -77,6 +78,27 @@ class SkipLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ValueError(f"min_seen: expected at least 1, got {self.min_seen}; 1 judges the share at once")
 
 
+class RemoteLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long is waited for shards that are not on this disk."""
+
+    connect_s: float = 10.0
+    """Longest wait for a connection."""
+    stall_s: float = 30.0
+    """Longest silence; an answer may take this long in all, and a second more for every 64 KiB."""
+    total_s: float = 300.0
+    """Longest time for one read with all its retries; then the run ends. Less than a run waits for its workers."""
+
+    def __post_init__(self) -> None:
+        """Refuse times that are none.
+
+        Raises:
+            ValueError: naming the limit.
+        """
+        for name in self.__struct_fields__:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected above 0 and finite, got {getattr(self, name)}; use some seconds")
+
+
 class PlanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What, beside the sources, decides which samples come when and share a pack (see `plan`)."""
 
@@ -110,10 +132,12 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What the source is called in logs, counters and sample ids; unique in the file."""
     format: str
     """How the records are laid out, one of `formats.FORMATS`."""
-    path: str
-    """The file to read, or a glob pattern of shards: .tar, .json, .jsonl or .parquet."""
+    path: str | tuple[str, ...]
+    """The file to read, or a glob pattern of shards: .tar, .json, .jsonl or .parquet; or a list of such. Or an address:
+    `s3://BUCKET/a-*.tar`, `gs://…`, `https://HOST/a-{000..099}.tar`."""
     image_root: str | None = None
-    """Folder that image paths are relative to and may not leave; by default the folder that holds all shards."""
+    """Folder that image paths are relative to and may not leave; by default the folder that holds all shards. Always on
+    this disk, and without a default where no shard is."""
     ratio: float = 1.0
     """Share of samples drawn from this source, relative to the other sources'."""
     epochs: float | None = None
@@ -140,6 +164,24 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """
         if not self.name:
             raise ValueError("name: expected some text, got none; name the source for logs and counters")
+        for path in self.paths:
+            if is_remote(path) and scheme_of(path) not in SCHEMES:
+                schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+                raise ValueError(
+                    f"path: expected a path, or an address with {schemes}, got {shown(path)}; copy it here"
+                )
+        if not self.paths:
+            raise ValueError("path: expected at least one, got an empty list; name a shard")
+        if self.image_root is not None and is_remote(self.image_root):
+            raise ValueError(
+                f"image_root: expected a folder on this disk, got {shown(self.image_root)}; copy the pictures here, or "
+                "pack them into the shards (tools/pack_shards.py)"
+            )
+        if self.cut_shards != "error" and any(map(is_remote, self.paths)):
+            raise ValueError(
+                f'cut_shards: expected "error" for shards that are not on this disk, got "{self.cut_shards}"; leave it '
+                "out, an object is there whole or not at all"
+            )
         if self.format not in FORMATS:
             nearest = get_close_matches(self.format, FORMATS, n=1, cutoff=0.4)
             advice = f"did you mean `{nearest[0]}`?" if nearest else "check its spelling"
@@ -157,6 +199,11 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.caption != "txt" and not re.fullmatch(r"json:.+", self.caption):
             raise ValueError(f'caption: expected "txt" or "json:KEY", got "{self.caption}"; for example "json:caption"')
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """`path` as a list."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
 
 class DataFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole data file: sources to be mixed, and what is refused."""
@@ -171,6 +218,8 @@ class DataFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The `[image_limits]` table: what the image gate lets in."""
     skip_limits: SkipLimits = SkipLimits()
     """The `[skip_limits]` table: how many bad samples end the run."""
+    remote: RemoteLimits = RemoteLimits()
+    """The `[remote]` table: how long is waited for shards that are not on this disk."""
 
     def __post_init__(self) -> None:
         """Refuse an empty list and repeated names.
@@ -209,7 +258,9 @@ def load_data_file(path: str | Path) -> DataFile:
     sources = tuple(
         msgspec.structs.replace(
             source,
-            path=_joined(folder, source.path),
+            path=_joined(folder, source.path)
+            if isinstance(source.path, str)
+            else tuple(_joined(folder, path) for path in source.path),
             image_root=None if source.image_root is None else str(folder / source.image_root),
         )
         for source in data_file.sources
@@ -218,7 +269,9 @@ def load_data_file(path: str | Path) -> DataFile:
 
 
 def _joined(folder: Path, path: str) -> str:
-    """The path from there; in front of a pattern, the folder's own name is none."""
+    """The path from there; in front of a pattern, the folder's own name is none. An address stands as it is."""
+    if is_remote(path):
+        return path
     plain = folder / path
     return str(plain if plain.is_file() or os.path.isabs(path) else Path(glob.escape(str(folder))) / path)
 
@@ -228,7 +281,7 @@ def _nearest_key(message: str) -> str:
     unknown = re.search(r"unknown field `(.*?)`(?: - at `\$\.(\w+))?", message)
     if unknown is None:
         return ""
-    tables = {"sources": SourceConfig, "image_limits": ImageLimits, "skip_limits": SkipLimits}
+    tables = {"sources": SourceConfig, "image_limits": ImageLimits, "skip_limits": SkipLimits, "remote": RemoteLimits}
     known = tables.get(unknown[2], DataFile).__struct_fields__
     nearest = get_close_matches(unknown[1], known, n=1)
     return f"; did you mean `{nearest[0]}`?" if nearest else f"; known keys are {', '.join(known)}"

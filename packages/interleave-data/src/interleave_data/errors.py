@@ -3,12 +3,15 @@
 Errors of the program are neither and always propagate; nothing here catches them.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 import msgspec
 
 from .config import SkipLimits
+
+_log = logging.getLogger(__name__)
 
 
 class SkipReason(StrEnum):
@@ -77,7 +80,11 @@ class _SourceCount(msgspec.Struct, kw_only=True):
 
 
 class SkipCounter:
-    """Count what was seen and what was skipped, by source and reason, and stop a run that skips too much."""
+    """Count what was seen and what was skipped, by source and reason, and stop a run that skips too much.
+
+    Reads that had to be tried again are counted too, though no sample is lost by them: of this process and not in the
+    saved state, since they say something of the network and nothing of the data.
+    """
 
     def __init__(
         self, limits: SkipLimits | None = None, on_skip: Callable[[str, SkipSample], object] | None = None
@@ -86,6 +93,8 @@ class SkipCounter:
         self.limits = limits or SkipLimits()
         self._on_skip = on_skip
         self._counts: dict[str, _SourceCount] = {}
+        self.retries: dict[str, int] = {}
+        """Reads that had to be tried again, by source."""
 
     def keep(self, source: str) -> None:
         """Count a good sample."""
@@ -119,9 +128,21 @@ class SkipCounter:
                 f"({by_reason}); the last was {skip}; repair the source or raise max_share"
             ) from skip
 
+    def retry(self, source: str, count: int, last: str) -> None:
+        """Count reads that had to be tried again; the log hears of it each time that their number has doubled."""
+        before = self.retries.get(source, 0)
+        self.retries[source] = before + count
+        if self.retries[source].bit_length() > before.bit_length():
+            _log.warning("%s: %d reads had to be tried again so far, the last %s", source, before + count, last)
+
     def truncate(self, source: str) -> None:
         """Count a sample that was kept, but cut to fit; beside `keep`."""
         self._counts.setdefault(source, _SourceCount()).truncated += 1
+
+    @property
+    def num_retries(self) -> int:
+        """Reads of all sources that had to be tried again."""
+        return sum(self.retries.values())
 
     @property
     def num_truncated(self) -> int:

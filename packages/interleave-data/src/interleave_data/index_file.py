@@ -3,7 +3,7 @@
 The layout is that of safetensors: 8 bytes with the length of a JSON header, the header, then the arrays, little-endian
 and back to back in the header's order. `SHARD.index` holds the table of a shard, `SHARD.lengths-FINGERPRINT` what its
 samples come to in tokens and tiles. Both are written under a temporary name, synced and renamed, so that a reader
-finds a whole file or none.
+finds a whole file or none. Those of an object that is not on this disk lie in the cache folder (`places.local_place`).
 """
 
 import mmap
@@ -11,13 +11,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ShardError
+from .places import is_remote, local_place, shown
 
 VERSION = "1"
 """Of the tables' meaning; an index of another version is made anew."""
@@ -156,8 +157,8 @@ class ShardIndex:
         """What is known of the shard without its table."""
         return IndexHeader(self.kind, self.shard_bytes, self.num_samples, self.digest)
 
-    def save(self, shard: str, indexed_at_ns: int) -> None:
-        """Write it beside its shard, with the time that the shard had when it was read.
+    def save(self, shard: str, indexed_at_ns: int | None, tag: str = "") -> None:
+        """Write it beside its shard, with the time that the shard had when it was read; of an object, with its tag.
 
         So a shard that is written to later, even before the index is there, is newer than its index.
 
@@ -170,12 +171,13 @@ class ShardIndex:
             "shard_bytes": str(self.shard_bytes),
             "num_samples": str(self.num_samples),
             "digest": self.digest,
+            **({"tag": tag} if tag else {}),
         }
         write_arrays(index_path(shard), metadata, self.arrays, indexed_at_ns)
 
     @classmethod
     def load(cls, shard: str, *, may_be_cut: bool = False) -> "ShardIndex":
-        """Map the index beside a shard.
+        """Map the index beside a shard. Whether an object is still the same, each reading of it tells.
 
         Raises:
             ShardError: as `read_header`, or the shard has another size; with `may_be_cut` only a larger one.
@@ -184,9 +186,17 @@ class ShardIndex:
         header = read_header(shard)
         if header is None:
             raise ShardError(f"{index_path(shard)}: expected an index of version {VERSION}, got none; index it again")
-        if not (may_be_cut and header.is_cut(shard)):
+        if not is_remote(shard) and not (may_be_cut and header.is_cut(shard)):
             header.check_size(shard)
         return cls(header.kind, header.shard_bytes, header.num_samples, header.digest, map_arrays(index_path(shard)))
+
+
+class Version(NamedTuple):
+    """What tells an object from another one at the same address."""
+
+    num_bytes: int
+    tag: str
+    """Its ETag, or its Last-Modified, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +207,27 @@ class IndexHeader:
     shard_bytes: int
     num_samples: int
     digest: str
+    tag: str = ""
+    """What an object's server called its version; nothing for a file."""
+
+    @property
+    def version(self) -> Version:
+        """Of the object that was indexed."""
+        return Version(self.shard_bytes, self.tag)
+
+    def is_of(self, address: str, version: Version) -> bool:
+        """Whether an object is the version that was indexed.
+
+        Raises:
+            ShardError: it has another size: of one that was cut, a new index would show nothing.
+        """
+        if version.num_bytes != self.shard_bytes:
+            raise ShardError(
+                f"{shown(address)}: expected {self.shard_bytes} bytes with {self.num_samples} samples as indexed, got "
+                f"{version.num_bytes}; upload the shard again, or if it was changed on purpose index it again "
+                "(tools/index.py)"
+            )
+        return version == self.version
 
     def check_size(self, shard: str) -> None:
         """Compare the shard's size with what was indexed.
@@ -262,7 +293,7 @@ def read_header(shard: str) -> IndexHeader | None:
         )
         if kind not in ("tar", "json", "parquet"):
             raise ValueError(f"a container {kind}")
-        return IndexHeader(kind, int(shard_bytes), int(num_samples), digest)
+        return IndexHeader(kind, int(shard_bytes), int(num_samples), digest, metadata.get("tag", ""))
     except (KeyError, ValueError) as error:
         raise ShardError(_not_whole(path, f"a header without what it should say ({error})")) from error
 
@@ -286,12 +317,12 @@ def fresh_header(shard: str, *, may_be_cut: bool = False) -> IndexHeader | None:
 
 def index_path(shard: str) -> str:
     """Where the index of a shard lies."""
-    return f"{shard}.index"
+    return f"{local_place(shard)}.index"
 
 
 def lengths_path(shard: str, fingerprint: str) -> str:
     """Where the lengths of a shard's samples lie that were measured under this fingerprint."""
-    return f"{shard}.lengths-{fingerprint}"
+    return f"{local_place(shard)}.lengths-{fingerprint}"
 
 
 @dataclass(frozen=True)

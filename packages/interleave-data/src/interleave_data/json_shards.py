@@ -10,7 +10,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,6 +18,9 @@ import numpy as np
 from .errors import ShardError, SkipReason, SkipSample
 from .index_file import ShardIndex
 from .samples import ImagePart, SliceBytes
+
+if TYPE_CHECKING:
+    from .remote import RemoteObject, RemoteSlice
 
 Fields = TypeVar("Fields")
 
@@ -66,11 +69,13 @@ def index_json(path: str, on_bytes: Callable[[int], object] | None = None) -> Sh
 class JsonShard:
     """The records of one file by their numbers."""
 
-    def __init__(self, path: str, name: str, index: ShardIndex) -> None:
+    def __init__(self, path: str, name: str, index: ShardIndex, remote: "RemoteObject | None" = None) -> None:
+        """`remote` reads what is not on this disk."""
         self.path = path
         self.name = name
         self.index = index
         self._arrays = dict(index.arrays)
+        self._remote = remote
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -78,7 +83,15 @@ class JsonShard:
     def record(self, row: int) -> "JsonRecord":
         """Refer to a record; it is not read yet."""
         offset, size, crc32 = (int(self._arrays[column][row]) for column in ("offset", "size", "crc32"))
-        return JsonRecord(f"{self.name}:{row}", SliceBytes(self.path, offset, size, crc32))
+        where = f"{self.name}:{row}"
+        if self._remote is not None:
+            return JsonRecord(where, self._remote.slice(offset, size, crc32, (offset, offset + size)))
+        return JsonRecord(where, SliceBytes(self.path, offset, size, crc32))
+
+    def span(self, row: int) -> tuple[int, int]:
+        """First byte of a record and the one behind its last."""
+        offset = int(self._arrays["offset"][row])
+        return offset, offset + int(self._arrays["size"][row])
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class JsonRecord:
     """One JSON value."""
 
     where: str
-    span: SliceBytes
+    span: "SliceBytes | RemoteSlice"
 
     def decode(self, fields: type[Fields]) -> Fields:
         """Read and decode the record.

@@ -9,7 +9,7 @@ from .config import PlanConfig
 from .errors import DataError, SkipSample
 from .plan import Hole, Plan, PlannedPack
 from .samples import Size
-from .sources import AnySample, Source
+from .sources import AnySample, ReadsAhead, Source
 
 
 @runtime_checkable
@@ -57,6 +57,15 @@ class Encoder(ABC, Generic[Encoded, Packed]):
         """Called once in each worker process, before anything else."""
 
 
+class Retried(NamedTuple):
+    """Reads of a source that had to be tried again."""
+
+    source: str
+    count: int
+    last: str
+    """The last one in words."""
+
+
 class Event(NamedTuple):
     """What became of one sample, in the order in which it is counted."""
 
@@ -77,6 +86,8 @@ class Made(Generic[Packed]):
     events: tuple[Event, ...]
     state: Mapping[str, object]
     """The plan's, behind the round that the pack belongs to."""
+    retried: tuple[Retried, ...] = ()
+    """What was read again while this pack was planned and made."""
 
 
 class Maker(Generic[Encoded, Packed]):
@@ -120,12 +131,24 @@ class Maker(Generic[Encoded, Packed]):
                 yield self._made(packs[self.rank], self.plan.state_dict())
             turn += 1
 
+    def take_retries(self) -> tuple[Retried, ...]:
+        """What was read again in this process since this was last asked."""
+        taken = [(one.name, *one.take_retries()) for one in self.sources if isinstance(one, ReadsAhead)]
+        return tuple(Retried(*one) for one in taken if one[1])
+
+    def _read_ahead(self, pack: PlannedPack) -> None:
+        """Let sources that are far away fetch all of a pack at once."""
+        for number, source in enumerate(self.sources):
+            if isinstance(source, ReadsAhead):
+                source.read_ahead(entry.index for entry in pack.entries if entry.draw.source == number)
+
     def _made(self, pack: PlannedPack, state: Mapping[str, object]) -> Made[Packed]:
         events = [Event(hole.source, hole) for hole in pack.holes]
         items: list[Encoded] = []
         ids: list[str] = []
         tokens, tiles = 0, 0
         limit = Size(self.cfg.max_tokens, self.cfg.max_tiles or 1 << 31)
+        self._read_ahead(pack)
         for entry in pack.entries:
             name = self.sources[entry.draw.source].name
             sample = None
@@ -152,4 +175,5 @@ class Maker(Generic[Encoded, Packed]):
             size=Size(tokens, tiles),
             events=tuple(events),
             state=state,
+            retried=self.take_retries(),
         )

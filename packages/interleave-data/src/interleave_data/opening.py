@@ -3,11 +3,13 @@
 import glob
 import logging
 import os
+from collections import Counter
 
-from .config import DataFile, DataFileError, SourceConfig
+from .config import DataFile, DataFileError, RemoteLimits, SourceConfig
 from .containers import SUFFIXES, shard_kind
 from .errors import ShardError
 from .formats import FORMATS, Setting
+from .places import is_remote, shown
 from .record_source import OnIndex, RecordSource
 from .sources import Source
 
@@ -21,12 +23,20 @@ def open_sources(data_file: DataFile, *, lengths: str | None = None, on_index: O
         DataFileError: as `open_source`.
         ShardError: as `open_source`.
     """
-    return [open_source(source, lengths=lengths, on_index=on_index) for source in data_file.sources]
+    remote = data_file.remote
+    return [open_source(source, lengths=lengths, on_index=on_index, remote=remote) for source in data_file.sources]
 
 
-def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIndex | None = None) -> RecordSource:
+def open_source(
+    cfg: SourceConfig,
+    *,
+    lengths: str | None = None,
+    on_index: OnIndex | None = None,
+    remote: RemoteLimits | None = None,
+) -> RecordSource:
     """Open one source. An index that is missing is made and written beside its shard, and `on_index` hears of that.
 
+    Of a shard that is not on this disk, the index lies in the user's cache folder (see `places`).
     `lengths` is the fingerprint under which `tools/index.py` has measured the samples.
 
     Raises:
@@ -39,7 +49,9 @@ def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIn
     paths = shard_paths(cfg)
     if refused := [path for path in paths if shard_kind(path) not in layout.containers]:
         suffixes = ", ".join(suffix for suffix, kind in SUFFIXES.items() if kind in layout.containers)
-        raise DataFileError(f"{cfg.name}: expected {suffixes} for {cfg.format}, got {refused[0]}; check `format`")
+        raise DataFileError(
+            f"{cfg.name}: expected {suffixes} for {cfg.format}, got {shown(refused[0])}; check `format`"
+        )
     if "caption" in layout.settings and cfg.caption == "txt" and {shard_kind(path) for path in paths} != {"tar"}:
         raise DataFileError(f'{cfg.name}: expected caption = "json:KEY" outside of tars, got "txt"; name the key')
     if cfg.image_root is not None and not os.path.isdir(cfg.image_root):
@@ -56,6 +68,7 @@ def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIn
             cut_shards=cfg.cut_shards,
             window=cfg.window,
             on_index=on_index,
+            remote=remote,
         )
     except ShardError as error:
         raise ShardError(f"{cfg.name}: {error}") from error
@@ -69,21 +82,43 @@ def open_source(cfg: SourceConfig, *, lengths: str | None = None, on_index: OnIn
             len(paths),
         )
     if len(source) == 0:
-        raise DataFileError(f"{cfg.name}: expected at least one sample in {cfg.path}, got none; check the file")
+        named = ", ".join(map(shown, cfg.paths))
+        raise DataFileError(f"{cfg.name}: expected at least one sample in {named}, got none; check the file")
     return source
 
 
 def shard_paths(cfg: SourceConfig) -> list[str]:
-    """Find a source's shards, in the order of their names; what a pattern matches besides shards is passed over.
+    """Find a source's shards, of each entry of `path` in the order of their names; other files are passed over.
 
     Raises:
         DataFileError: if there is none.
+        ShardError: if a store of objects cannot be asked.
     """
-    if os.path.isfile(cfg.path):
-        if shard_kind(cfg.path) is None:
-            raise DataFileError(f"{cfg.name}: expected one of {', '.join(SUFFIXES)}, got {cfg.path}; rename the file")
-        return [cfg.path]
-    paths = sorted(path for path in glob.glob(cfg.path) if shard_kind(path) and os.path.isfile(path))
+    paths = [found for path in cfg.paths for found in _find_shards(cfg.name, path)]
+    if repeated := [path for path, count in Counter(paths).items() if count > 1]:
+        raise DataFileError(f"{cfg.name}: expected each shard once, got {shown(repeated[0])} again; check `path`")
+    return paths
+
+
+def _find_shards(name: str, path: str) -> list[str]:
+    if is_remote(path):
+        from .stores import find_objects
+
+        try:
+            found = find_objects(path)
+        except ShardError as error:
+            raise ShardError(f"{name}: {error}") from error
+        except ValueError as error:
+            raise DataFileError(f"{name}: {error}") from error
+        if found == [path] and shard_kind(path) is None:
+            raise DataFileError(f"{name}: expected one of {', '.join(SUFFIXES)}, got {shown(path)}; rename the file")
+        paths = [one for one in found if shard_kind(one)]
+    elif os.path.isfile(path):
+        if shard_kind(path) is None:
+            raise DataFileError(f"{name}: expected one of {', '.join(SUFFIXES)}, got {path}; rename the file")
+        paths = [path]
+    else:
+        paths = sorted(one for one in glob.glob(path) if shard_kind(one) and os.path.isfile(one))
     if not paths:
-        raise DataFileError(f"{cfg.name}: expected a file at {cfg.path}, got none; check `path`")
+        raise DataFileError(f"{name}: expected a file at {shown(path)}, got none; check `path`")
     return paths

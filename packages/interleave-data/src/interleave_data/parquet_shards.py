@@ -4,15 +4,19 @@ A row group is what can be read by itself, so it is what has a checksum; the las
 order, or shuffled within windows (`order.WindowOrder`), cost one reading of each group, rows at random one each: for
 random access write shards with small row groups, or tars (tools/pack_shards.py). Needs pyarrow:
 `interleave-data[parquet]`.
+
+Of an object that is not on this disk a row group is one request, whichever columns are wanted: the checksum is that of
+the whole group.
 """
 
+import io
 import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,6 +24,9 @@ import numpy as np
 from .errors import ShardError, SkipReason, SkipSample
 from .index_file import ShardIndex
 from .samples import ImagePart
+
+if TYPE_CHECKING:
+    from .remote import RemoteObject
 
 Fields = TypeVar("Fields")
 
@@ -130,6 +137,36 @@ def _checksum(path: str, offset: int, size: int) -> int:
     return crc
 
 
+class _Piece(io.RawIOBase):
+    """A file of which only one stretch is here."""
+
+    def __init__(self, data: bytes, offset: int, num_bytes: int) -> None:
+        self._data, self._offset, self._num_bytes = memoryview(data), offset, num_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._position = offset + (0, self._position, self._num_bytes)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        start = self._position - self._offset
+        stop = start + min(len(buffer), self._num_bytes - self._position)
+        if not 0 <= start <= stop <= len(self._data):
+            raise OSError(f"expected a reading of the row group alone, got bytes from {self._position}")
+        buffer[: stop - start] = self._data[start:stop]
+        self._position += stop - start
+        return stop - start
+
+
 class RowGroups:
     """Row groups of all shards of a source that were read last: a few, and the bytes are bounded too."""
 
@@ -161,13 +198,22 @@ class RowGroups:
 class ParquetShard:
     """The rows of one file by their numbers."""
 
-    def __init__(self, path: str, name: str, index: ShardIndex, groups: RowGroups | None = None) -> None:
-        """`groups` is shared by the shards of a source."""
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        index: ShardIndex,
+        groups: RowGroups | None = None,
+        remote: "RemoteObject | None" = None,
+    ) -> None:
+        """`groups` is shared by the shards of a source; `remote` reads what is not on this disk."""
         self.path = path
         self.name = name
         self.index = index
         self._arrays = dict(index.arrays)
         self._groups = groups or RowGroups()
+        self._remote = remote
+        self._footer = b""
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -175,6 +221,9 @@ class ParquetShard:
     def record(self, row: int) -> "ParquetRecord":
         """Refer to a row; its group is not read yet."""
         return ParquetRecord(f"{self.name}:{row}", self, row)
+
+    def span(self, row: int) -> None:
+        """A row is read with its group."""
 
     def read_row(self, row: int, columns: tuple[str, ...] | None) -> dict[str, object]:
         """Read one row of some columns, or of all.
@@ -188,6 +237,8 @@ class ParquetShard:
         return found
 
     def _read_group(self, group: int, columns: tuple[str, ...] | None) -> Any:
+        if self._remote is not None:
+            return self._fetch_group(self._remote, group, columns)
         try:
             self._check(-1, zlib.crc32(_read_tail(self.path)))
             offset, size = (int(self._arrays[column][group]) for column in ("offset", "size"))
@@ -197,6 +248,26 @@ class ParquetShard:
                 # One thread: readers run in workers, one beside the other.
                 return file.read_row_group(group, columns=known, use_threads=False)
         except (ShardError, OSError, ValueError, _arrow_error()) as error:
+            raise SkipSample(SkipReason.UNREADABLE_FILE, str(error)) from error
+
+    def _fetch_group(self, remote: "RemoteObject", group: int, columns: tuple[str, ...] | None) -> Any:
+        crc32 = [int(found) for found in self._arrays["crc32"]]
+        num_bytes = self.index.shard_bytes
+
+        def footer() -> bytes:
+            size = 8 + int.from_bytes(remote.read(num_bytes - 8, num_bytes)[:4], "little")
+            return remote.read(max(num_bytes - size, 0), num_bytes)
+
+        self._footer = self._footer or remote.read_checked(footer, crc32[-1], "footer")
+        offset, size = (int(self._arrays[column][group]) for column in ("offset", "size"))
+        data = remote.read_checked(lambda: remote.read(offset, offset + size), crc32[group], f"row group {group}")
+        try:
+            parquet = _pyarrow_parquet()
+            metadata = parquet.read_metadata(io.BytesIO(self._footer))
+            with parquet.ParquetFile(_Piece(data, offset, num_bytes), metadata=metadata) as file:
+                known = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+                return file.read_row_group(group, columns=known, use_threads=False)
+        except (OSError, ValueError, _arrow_error()) as error:
             raise SkipSample(SkipReason.UNREADABLE_FILE, str(error)) from error
 
     def _check(self, piece: int, found: int) -> None:

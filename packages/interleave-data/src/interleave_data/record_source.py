@@ -9,26 +9,33 @@ the least used are let go. So neither time nor memory grows with the number of s
 import logging
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from .config import CutShards
-from .containers import Shard, ShardRecord, make_index, open_shard, shard_kind
+from .config import CutShards, RemoteLimits
+from .containers import Shard, ShardRecord, make_index, open_shard, shard_kind, write_remote_index
 from .errors import ShardError, SkipSample
 from .formats import Setting
-from .index_file import IndexHeader, Lengths, ShardIndex, fresh_header
+from .index_file import IndexHeader, Lengths, ShardIndex, Version, fresh_header, read_header
 from .parquet_shards import RowGroups
+from .places import file_name, is_remote, shown
 from .records import Body, Format, Images, PreferenceBody
 from .samples import ImagePart, PreferenceSample, Sample, Size
 from .sources import AnySample, printable
+
+if TYPE_CHECKING:
+    from .remote import RemoteObject, Retries
 
 OnIndex = Callable[[str, int, int], object]
 """(shard, bytes done since the last call, bytes of the shard): progress of an index that is being made."""
 
 _MAX_OPEN_SHARDS = 64
+_MEASURED_AHEAD = 64
 _log = logging.getLogger(__name__)
 
 
@@ -48,8 +55,11 @@ class RecordSource:
         cut_shards: CutShards = "error",
         window: int | None = None,
         on_index: OnIndex | None = None,
+        remote: RemoteLimits | None = None,
     ) -> None:
         """Open the shards by their indexes; an index that is missing, or older than its shard, is made.
+
+        Shards may be files or addresses of objects (see `places`); `remote` says how long these are waited for.
 
         `settings` name the format and all that it depends on, for the fingerprint. `lengths` is the fingerprint of what
         measured the samples (see `measure`). With `indexed_only` a shard without an index is left out (`num_left_out`).
@@ -71,24 +81,32 @@ class RecordSource:
         self._settings = dict(settings or {})
         self._may_be_cut = cut_shards == "skip"
         self._lengths = None if lengths is None else _lengths_fingerprint(lengths, self._settings)
-        folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
-        self._image_root = os.path.commonpath(folders) if image_root is None else image_root
+        folders = [os.path.dirname(os.path.abspath(path)) for path in paths if not is_remote(path)]
+        self._image_root = os.path.commonpath(folders) if image_root is None and folders else image_root
+        self._limits = remote or RemoteLimits()
+        self._retries: Retries | None = None
+        versions = self._find_versions([path for path in paths if is_remote(path)])
         self._paths: list[str] = []
         self._headers: list[IndexHeader] = []
         # Only of shards whose folder cannot be written to.
         self._in_memory: dict[int, ShardIndex] = {}
         for path in paths:
-            header = fresh_header(path, may_be_cut=self._may_be_cut)
+            version = versions.get(path)
+            if version is None:
+                header = fresh_header(path, may_be_cut=self._may_be_cut)
+            else:
+                header = read_header(path)
+                header = header if header is not None and header.is_of(path, version) else None
             if header is None and indexed_only:
                 self.num_left_out += 1
                 continue
             if header is None:
-                header = self._make_index(path, on_index)
+                header = self._make_index(path, version, on_index)
             if header.kind != shard_kind(path):
                 raise ShardError(
-                    f"{path}: expected an index of such a file, got one of a {header.kind}; index it again"
+                    f"{shown(path)}: expected an index of such a file, got one of a {header.kind}; index it again"
                 )
-            if header.is_cut(path):
+            if version is None and header.is_cut(path):
                 _log.warning(
                     "%s: %s is cut: %d of its %d samples are not whole; what cannot be read is skipped (cut_shards)",
                     name,
@@ -106,10 +124,28 @@ class RecordSource:
         self.fingerprint = sha256(whole).hexdigest()[:16]
         """Digest of the shards' names, order and contents and the format's settings; not of folders, nor of times."""
 
-    def _make_index(self, path: str, on_index: OnIndex | None) -> IndexHeader:
+    def _find_versions(self, addresses: Sequence[str]) -> dict[str, Version]:
+        if not addresses:
+            return {}
+        # Only here: who reads from a disk alone need not load what speaks to servers.
+        from .remote import Retries, find_versions
+
+        self._retries = Retries()
+        return dict(zip(addresses, find_versions([self._remote(address) for address in addresses]), strict=True))
+
+    def _remote(self, address: str, known: Version | None = None) -> "RemoteObject":
+        from .remote import RemoteObject
+
+        assert self._retries is not None
+        return RemoteObject(address, self._limits, known, self._retries)
+
+    def _make_index(self, path: str, version: Version | None, on_index: OnIndex | None) -> IndexHeader:
+        if version is not None:
+            on_bytes = None if on_index is None else partial(_tell, on_index, shown(path), version.num_bytes)
+            return write_remote_index(self._remote(path, version), version, on_bytes)
         shard_bytes = os.path.getsize(path)
         read_at_ns = os.stat(path).st_mtime_ns
-        index = make_index(path, None if on_index is None else lambda done: on_index(path, done, shard_bytes))
+        index = make_index(path, None if on_index is None else partial(_tell, on_index, path, shard_bytes))
         try:
             index.save(path, read_at_ns)
         except OSError as error:
@@ -162,6 +198,29 @@ class RecordSource:
         shard, row = self._locate(index)
         return self._shard(shard)[0].record(row)
 
+    def read_ahead(self, indices: Iterable[int]) -> None:
+        """Fetch samples that will be read soon; of shards on this disk there is nothing to fetch.
+
+        Raises:
+            ShardError: if a shard cannot be read, or its index is gone, or another one.
+            IndexError: if there is no such sample.
+        """
+        if self._retries is None:
+            return
+        from .remote import read_ahead
+
+        wanted: list[tuple[RemoteObject, tuple[int, int]]] = []
+        for number, row in map(self._locate, indices):
+            shard, path, header = self._shard(number)[0], self._paths[number], self._headers[number]
+            span = shard.span(row) if is_remote(path) else None
+            if span is not None:
+                wanted.append((self._remote(path, header.version), span))
+        read_ahead(wanted)
+
+    def take_retries(self) -> tuple[int, str]:
+        """How many reads had to be tried again since this was last asked, and the last one in words."""
+        return (0, "") if self._retries is None else self._retries.take()
+
     def place(self, index: int) -> str:
         """Shard and key or number of a sample, its id; no sample is read.
 
@@ -200,6 +259,8 @@ class RecordSource:
             if Lengths.load(path, fingerprint, header) is None:
                 lengths = Lengths(np.full(header.num_samples, -1, np.int32), np.zeros(header.num_samples, np.int32))
                 for row in range(header.num_samples):
+                    if row % _MEASURED_AHEAD == 0:
+                        self.read_ahead(range(first + row, first + min(row + _MEASURED_AHEAD, header.num_samples)))
                     try:
                         lengths.tokens[row], lengths.tiles[row] = measure(self[first + row])
                     except SkipSample:
@@ -235,11 +296,14 @@ class RecordSource:
             lengths = None if self._lengths is None else Lengths.load(path, self._lengths, header)
         except OSError as error:
             raise ShardError(
-                f"{path}: expected it and its index as they were opened, got {error}; put them back and resume"
+                f"{shown(path)}: expected it and its index as they were opened, got {error}; put them back and resume"
             ) from error
         if index.digest != header.digest:
-            raise ShardError(f"{path}: expected the index of when it was opened, got another; start anew or resume")
-        found = self._open[number] = open_shard(path, self._names[number], index, self._groups), lengths
+            raise ShardError(
+                f"{shown(path)}: expected the index of when it was opened, got another; start anew or resume"
+            )
+        remote = self._remote(path, header.version) if is_remote(path) else None
+        found = self._open[number] = open_shard(path, self._names[number], index, self._groups, remote), lengths
         if len(self._open) > _MAX_OPEN_SHARDS:
             self._open.popitem(last=False)
         return found
@@ -252,7 +316,7 @@ class RecordSource:
 class RecordImages(Images):
     """Pictures that a record names: its own members first, then files under the image root."""
 
-    def __init__(self, root: str, record: ShardRecord) -> None:
+    def __init__(self, root: str | None, record: ShardRecord) -> None:
         super().__init__(root)
         self._record = record
 
@@ -266,6 +330,10 @@ class RecordImages(Images):
         return super().part(reference) if found is None else found
 
 
+def _tell(on_index: OnIndex, shard: str, shard_bytes: int, done: int) -> None:
+    on_index(shard, done, shard_bytes)
+
+
 def _lengths_fingerprint(measured_by: str, settings: Mapping[str, Setting]) -> str:
     """Name the lengths of a shard: of the same records another format makes other samples."""
     return sha256(msgspec.json.encode([measured_by, sorted(settings.items())])).hexdigest()[:16]
@@ -273,6 +341,6 @@ def _lengths_fingerprint(measured_by: str, settings: Mapping[str, Setting]) -> s
 
 def _shard_names(paths: Sequence[str]) -> list[str]:
     """Name each shard by its file, with its place in front where several folders have a file of that name."""
-    names = [printable(os.path.basename(path)) for path in paths]
+    names = [printable(file_name(path)) for path in paths]
     count = Counter(names)
     return [name if count[name] == 1 else f"{place}/{name}" for place, name in enumerate(names)]

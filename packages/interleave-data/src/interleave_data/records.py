@@ -71,7 +71,8 @@ Body = tuple[Turn, ...] | PreferenceBody
 class Images:
     """Pictures that records name, under one folder that none of them may leave. Nothing is ever fetched."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str | None) -> None:
+        """`root` is None where no shard is on this disk and no folder was named."""
         self.root = root
 
     def part(self, reference: str | bytes) -> ImagePart:
@@ -85,6 +86,11 @@ class Images:
         """
         if isinstance(reference, bytes):
             return ImagePart(reference, key=sha256(reference).hexdigest())
+        if self.root is None:
+            detail = (
+                f"expected an image_root in the data file, since the shards are not on this disk, got {reference!r}"
+            )
+            raise SkipSample(SkipReason.PATH_REFUSED, detail)
         if not reference.startswith(("http://", "https://")):
             return image_inside(self.root, reference)
         digest = sha256(reference.encode("utf-8", "surrogatepass")).hexdigest()

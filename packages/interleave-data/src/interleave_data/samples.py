@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -29,6 +29,19 @@ class Size(NamedTuple):
 
 Role = Literal["document", "system", "user", "assistant"]
 """Who speaks. `document`: running text or a caption, all of which is to be predicted."""
+
+
+@runtime_checkable
+class StoredBytes(Protocol):
+    """Bytes that lie somewhere, whose number is known before they are read."""
+
+    def num_bytes(self) -> int:
+        """How many there are; raises `OSError` if there are none to be read."""
+        ...
+
+    def __call__(self) -> bytes:
+        """Read them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ class ImagePart:
         if isinstance(self.open, bytes):
             return self.open
         try:
-            if max_bytes is not None and isinstance(self.open, FileBytes | SliceBytes):
+            if max_bytes is not None and isinstance(self.open, StoredBytes):
                 num_bytes = self.open.num_bytes()
                 if num_bytes > max_bytes:
                     raise SkipSample(SkipReason.TOO_MANY_BYTES, f"expected at most {max_bytes} bytes, got {num_bytes}")

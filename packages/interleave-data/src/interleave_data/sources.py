@@ -5,7 +5,7 @@ worker processes, and any order over it costs the same.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePosixPath, PureWindowsPath
@@ -53,6 +53,19 @@ class HasPlaces(Protocol):
 
     def place(self, index: int) -> str:
         """Shard and key or number, which is the sample's id."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can fetch samples before they are read, and says what trouble it had; one that is far away."""
+
+    def read_ahead(self, indices: Iterable[int]) -> None:
+        """Fetch samples that will be read soon."""
+        ...
+
+    def take_retries(self) -> tuple[int, str]:
+        """How many reads had to be tried again since this was last asked, and the last one in words."""
         ...
 
 

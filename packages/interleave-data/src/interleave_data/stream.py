@@ -98,6 +98,9 @@ class Stream(Generic[Encoded, Packed]):
         while True:
             made = self._next_made()
             self._consumed = made.state
+            # With workers, what was read again here was so on opening.
+            for retried in (*self._maker.take_retries(), *made.retried):
+                self.skips.retry(*retried)
             for event in made.events:
                 if event.hole is not None:
                     self.skips.skip(event.source, event.hole.skip, event.hole.follows_good)

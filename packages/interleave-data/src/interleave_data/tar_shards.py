@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import BinaryIO, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -29,6 +29,9 @@ from .images import frame_sizes
 from .index_file import ShardIndex
 from .samples import ImagePart, SliceBytes
 from .sources import printable
+
+if TYPE_CHECKING:
+    from .remote import RemoteObject, RemoteSlice
 
 Fields = TypeVar("Fields")
 
@@ -188,12 +191,14 @@ def _split_name(name: str) -> tuple[bytes, int, int] | None:
 class TarShard:
     """The samples of one shard by their numbers."""
 
-    def __init__(self, path: str, name: str, index: ShardIndex) -> None:
+    def __init__(self, path: str, name: str, index: ShardIndex, remote: "RemoteObject | None" = None) -> None:
+        """`remote` reads what is not on this disk."""
         self.path = path
         self.name = name
         self.index = index
         # One look-up instead of one for each of a sample's numbers.
         self._arrays = dict(index.arrays)
+        self._remote = remote
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -205,12 +210,19 @@ class TarShard:
         key = table["key"][int(key_end[row]) : int(key_end[row + 1])].tobytes()
         members: dict[_MemberName, _Stored] = {}
         for m in range(int(first[row]), int(first[row + 1])):
-            span = SliceBytes(self.path, int(table["offset"][m]), int(table["size"][m]), int(table["crc32"][m]))
+            place = int(table["offset"][m]), int(table["size"][m]), int(table["crc32"][m])
+            span = SliceBytes(self.path, *place) if self._remote is None else self._remote.slice(*place, self.span(row))
             sizes = table["image_size"][int(image_first[m]) : int(image_first[m + 1])]
             members[_SUFFIXES[int(table["suffix"][m])], int(table["number"][m])] = _Stored(
                 span, [(int(width), int(height)) for width, height in sizes]
             )
         return TarRecord(self.name, key.decode("utf-8", "surrogateescape"), members)
+
+    def span(self, row: int) -> tuple[int, int]:
+        """First byte of a sample's members and the one behind their last."""
+        first, behind = (int(self._arrays["first_member"][place]) for place in (row, row + 1))
+        offset, size = self._arrays["offset"], self._arrays["size"]
+        return int(offset[first]), int(offset[behind - 1]) + int(size[behind - 1])
 
 
 _MemberName = tuple[str, int]
@@ -218,7 +230,7 @@ _MemberName = tuple[str, int]
 
 
 class _Stored(NamedTuple):
-    span: SliceBytes
+    span: "SliceBytes | RemoteSlice"
     page_sizes: list[tuple[int, int]]
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DataError, SkipReason, WorkerError
-from .making import Encoded, Event, Made, Maker, Packed
+from .making import Encoded, Event, Made, Maker, Packed, Retried
 from .plan import Hole
 from .samples import Size
 
@@ -55,6 +55,7 @@ class _Body(msgspec.Struct, array_like=True):
     size: tuple[int, int]
     events: list[tuple[str, tuple[str, str, str, bool] | None, bool]]
     state: dict[str, Any]
+    retried: list[tuple[str, int, str]]
 
 
 class _Fault(msgspec.Struct, array_like=True):
@@ -119,6 +120,7 @@ def _body_of(made: Made[Any]) -> _Body:
             for event in made.events
         ],
         state=dict(made.state),
+        retried=[(source, count, _sendable(last)) for source, count, last in made.retried],
     )
 
 
@@ -139,6 +141,7 @@ def _made_of(message: _Message, buffers: list[bytearray]) -> Made[Any]:
             for source, hole, is_truncated in body.events
         ),
         state=body.state,
+        retried=tuple(Retried(*one) for one in body.retried),
     )
 
 
