@@ -56,17 +56,17 @@ def _train(max_steps: int, learning_rate: float, muon_learning_rate: float) -> T
 
 def warmup_stage() -> WarmupConfig:
     """Dense labels; replaces published SigLIP weights."""
-    return WarmupConfig(train=_train(500, 4e-3, 1.5e-2), batch_size=32, world_samples=6300)
+    return WarmupConfig(train=_train(540, 4e-3, 1.5e-2), batch_size=32, world_samples=6300)
 
 
 def pretrain_stage() -> StageConfig:
     """Captions and interleaved documents, one base view an image; resampler and language model, the tower frozen."""
-    return StageConfig(train=_train(180, 4e-3, 1.5e-2), views="base", max_tokens=1280, world_samples=6000)
+    return StageConfig(train=_train(200, 4e-3, 1.5e-2), views="base", max_tokens=1280, world_samples=6000)
 
 
 def sft_stage() -> StageConfig:
     """Conversations about one picture, any-resolution tiles."""
-    return StageConfig(train=_train(760, 2e-3, 5e-3), max_tokens=1280, world_samples=6000)
+    return StageConfig(train=_train(800, 2e-3, 5e-3), max_tokens=1280, world_samples=6000)
 
 
 def interleaved_stage() -> StageConfig:

@@ -161,10 +161,8 @@ def test_folder_of_the_data_file_is_no_pattern(tmp_path):
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "docs.parquet").write_bytes(b"PAR1")
-    data_file = load_data_file(
-        write(tmp_path, '[[sources]]\nname = "docs"\nformat = "text"\npath = "docs.parquet"\n')
-    )
+    (tmp_path / "docs.parquet").write_bytes(b"PAR1" + bytes(4) + b"PAR1")
+    data_file = load_data_file(write(tmp_path, '[[sources]]\nname = "docs"\nformat = "text"\npath = "docs.parquet"\n'))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DataFileError, match=r"docs: parquet: .* install interleave-data\[parquet\]"):
         open_sources(data_file)

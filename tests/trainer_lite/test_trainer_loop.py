@@ -401,9 +401,12 @@ def test_signal_finishes_the_step_and_saves(tiny, tmp_path, number):
     check_signal_finishes_the_step_and_saves(tiny, tmp_path / "run", number)
 
 
-def test_a_loop_that_takes_no_signals_shows(tiny, tmp_path, monkeypatch):
+def test_a_loop_that_takes_no_signals_shows(tiny, tmp_path, monkeypatch, request):
     """(T29): the control; with SIGTERM it would be the end of this process."""
     monkeypatch.setattr(StopFlag, "on_signals", lambda self: nullcontext())
+    # What starts in a shell's background begins with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt):
         check_signal_finishes_the_step_and_saves(tiny, tmp_path / "run", signal.SIGINT)
     assert RunFolder(tmp_path / "run").checkpoints() == []

@@ -28,6 +28,6 @@ def test_tensors_made_anew_touch_no_new_pages_where_freed_memory_is_kept() -> No
         done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
         faults[mode] = int(done.stdout)
     # Four times two tensors of 36 MiB, 9,216 pages each: beyond 32 MiB glibc alone always hands them back, below it
-    # does so or not, as the heap happens to lie.
-    assert faults["kept"] < 100
+    # does so or not, as the heap happens to lie. A kernel that reclaims idle memory takes a round's pages now and then.
+    assert faults["kept"] <= 2 * 9216
     assert faults["given back"] >= 8 * 9216
