@@ -137,10 +137,14 @@ class PackStream:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Samples left out so far, by reason, those that were kept but cut, and reads that were tried again."""
-        skips = self._stream.skips
-        others = {"truncated": skips.num_truncated, "read_again": skips.num_retries}
-        return {**skips.by_reason(), **{name: number for name, number in others.items() if number}}
+        """Samples left out so far, by reason, and those that were kept but cut."""
+        truncated = self._stream.skips.num_truncated
+        return {**self._stream.skips.by_reason(), **({"truncated": truncated} if truncated else {})}
+
+    @property
+    def read_again(self) -> Mapping[str, int]:
+        """Reads that had to be tried again, by source."""
+        return self._stream.skips.retries
 
     @property
     def waited_s(self) -> float:

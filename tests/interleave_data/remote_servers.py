@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -25,7 +26,7 @@ http {{
     client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
     uwsgi_temp_path {folder}; scgi_temp_path {folder};
     server {{
-        listen 127.0.0.1:{port}; root {root};
+        listen 127.0.0.1:{port}; root {root}; {tls}
         location /closed/ {{ alias {root}/; auth_basic "shards"; auth_basic_user_file {folder}/users; }}
         location /whole/ {{ alias {root}/; max_ranges 0; }}
         location /moved/ {{ rewrite ^/moved/(.*)$ /$1 redirect; }}
@@ -55,23 +56,41 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     raise RuntimeError(f"{process.args}: expected a server, got {log.read_text()[-2000:]}")
 
 
+class Nginx(NamedTuple):
+    """Where it listens."""
+
+    port: int
+    tls_port: int | None
+    """None if there is nothing here to make a certificate with."""
+    certificate: Path
+
+
 @contextmanager
-def nginx(root: Path, folder: Path) -> Iterator[int]:
-    """Serve a folder; the port. `/closed/` asks for "me" and "secret", `/whole/` knows no ranges, `/moved/` redirects."""
+def nginx(root: Path, folder: Path) -> Iterator[Nginx]:
+    """Serve a folder, with and without TLS.
+
+    `/closed/` asks for "me" and "secret", `/whole/` knows no ranges, `/moved/` redirects.
+    """
     program = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
     if program is None:
         pytest.skip("no nginx: expected the program, got none; install it (Debian: nginx-light)")
-    port = free_port()
+    port, tls_port, tls = free_port(), free_port(), ""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    if openssl := shutil.which("openssl"):
+        new = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout {key} -out {certificate}"
+        named = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+        subprocess.run([openssl, *new.split(), *named], check=True, capture_output=True)
+        tls = f"listen 127.0.0.1:{tls_port} ssl; ssl_certificate {certificate}; ssl_certificate_key {key};"
     (folder / "users").write_text("me:{PLAIN}secret\n")
     # A worker of a server that root starts would be nobody, who may not look into the folders of a test.
     user = "user root;" if os.geteuid() == 0 else ""
-    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, root=root, port=port, user=user))
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, root=root, port=port, user=user, tls=tls))
     log = folder / "start.log"
     command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
     with open(log, "wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             wait_for(port, process, log)
-            yield port
+            yield Nginx(port, tls_port if tls else None, certificate)
         finally:
             process.terminate()
 
@@ -103,10 +122,13 @@ def s3(root: Path, folder: Path) -> Iterator[int]:
 
 @dataclass
 class Harm:
-    """What the proxy does to the answers, by the number of the request for a range (1, 2, …)."""
+    """What the proxy does to the answers to requests for a range."""
 
-    of: Callable[[int], str] = lambda number: ""
+    of: Callable[[str, str], str] = lambda path, asked: ""
+    """(path, range) → one of the kinds below, or nothing. The proxy calls it for one request at a time."""
     stall_s: float = 1.0
+    paths: list[str] = field(default_factory=list)
+    """Of each request of any kind."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     """(path, range) of each."""
     done: list[str] = field(default_factory=list)
@@ -157,13 +179,19 @@ class _Handler(socketserver.StreamRequestHandler):
         if not line:
             return False
         method, path, _ = line.split()
-        headers = dict(re.split(r":\s*", one.decode().strip(), maxsplit=1) for one in iter(self.rfile.readline, b"\r\n"))
+        headers = dict(
+            re.split(r":\s*", one.decode().strip(), maxsplit=1) for one in iter(self.rfile.readline, b"\r\n")
+        )
         asked = headers.get("Range", "")
+        # The whole address where we are somebody's proxy; S3's has a signature behind it.
+        path = re.sub(r"^http://[^/]*", "", path)
+        name = path.partition("?")[0]
         harm, kind = self.server.harm, ""
+        harm.paths.append(name)
         if asked:
             with harm.lock:
-                harm.requests.append((path, asked))
-                kind = harm.of(len(harm.requests))
+                harm.requests.append((name, asked))
+                kind = harm.of(name, asked)
                 if kind:
                     harm.done.append(kind)
         if kind == "drop":
@@ -201,17 +229,28 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, kind: str = "") -> bool:
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self.wfile.write(f"HTTP/1.1 {status} X\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode())
+        answer = f"HTTP/1.1 {status} X\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         if kind == "cut":
-            self.wfile.write(body[: len(body) // 2])
+            self.wfile.write(answer[: len(answer) - (len(body) + 1) // 2])
             return False
         if kind == "drip":
-            end = time.monotonic() + 20 * self.server.harm.stall_s
-            for byte in body:
-                if time.monotonic() > end:
-                    return False
+            # Never silent for long, and never done.
+            for byte in answer[:100]:
                 self.wfile.write(bytes([byte]))
                 time.sleep(self.server.harm.stall_s / 20)
             return False
-        self.wfile.write(body)
+        self.wfile.write(answer)
         return True
+
+
+def once(*kinds: str) -> Callable[[str, str], str]:
+    """Harm the first request for each range, in turn by each of the kinds; the second gets through."""
+    seen: set[tuple[str, str]] = set()
+
+    def of(path: str, asked: str) -> str:
+        if (path, asked) in seen:
+            return ""
+        seen.add((path, asked))
+        return kinds[(len(seen) - 1) % len(kinds)]
+
+    return of

@@ -13,6 +13,8 @@ def test_readme_data_file_is_valid(repo_root, tmp_path):
     from interleave_data import load_data_file
 
     text = (repo_root / "packages" / "interleave-data" / "README.md").read_text()
-    (toml,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "data.toml").write_text(toml)
-    assert [source.name for source in load_data_file(tmp_path / "data.toml").sources] == ["chat", "captions"]
+    found = []
+    for toml in re.findall(r"```toml\n(.*?)```", text, re.DOTALL):
+        (tmp_path / "data.toml").write_text(toml)
+        found.append([source.name for source in load_data_file(tmp_path / "data.toml").sources])
+    assert found == [["chat", "captions"], ["captions", "web"]]

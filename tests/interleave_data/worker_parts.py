@@ -77,6 +77,20 @@ class Counting(Letters):
             return super().collate(items, ids)
 
 
+class Whole(Encoder[Encoded, dict]):
+    """One token a sample; packs as all texts and all bytes of pictures."""
+
+    def measure(self, sample, limit=None, /) -> Size:
+        return Size(1, len(sample.images()))
+
+    def encode(self, sample, limit=None, /) -> Encoded:
+        read = [part.read().hex() if isinstance(part, ImagePart) else part.text for part in sample.turns[0].parts]
+        return Encoded(" ".join(read), 1)
+
+    def collate(self, items, ids, /) -> dict:
+        return {"texts": [item.text for item in items]}
+
+
 def text_of(sample: AnySample) -> str:
     (part,) = (part for part in sample.turns[0].parts if isinstance(part, TextPart))
     return part.text

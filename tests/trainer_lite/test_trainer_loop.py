@@ -500,3 +500,12 @@ def test_the_share_of_a_step_that_waited_for_data_is_logged_where_the_stream_cou
     # The rate says how long the step took.
     assert waiting.data_wait * waiting.target_tokens / waiting.tokens_per_s == pytest.approx(1e-4)
     assert format_record(waiting, 1).endswith(f"data {waiting.data_wait:.0%}")
+
+
+def test_reads_that_were_tried_again_are_logged_by_source_where_the_stream_counts_them(tiny) -> None:
+    stream = tiny.stream()
+    assert "read again" not in format_record(tiny.trainer(config(max_steps=1), stream=stream).fit().last, 1)
+    stream.read_again = {"web": 2, "captions": 5}
+    last = tiny.trainer(config(max_steps=1), stream=stream).fit().last
+    assert last.read_again == {"web": 2, "captions": 5}
+    assert format_record(last, 1).endswith("read again 7 (captions 5, web 2)")

@@ -82,7 +82,8 @@ def check_answer(
     total = known.num_bytes if known else None
     length = headers.get("Content-Length")
     found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
-    tag = headers.get("ETag") or headers.get("Last-Modified") or ""
+    # A weak ETag differs from the strong one of the same object by its mark alone.
+    tag = (headers.get("ETag") or headers.get("Last-Modified") or "").removeprefix("W/")
     if status == 416 and known is None and found is not None and found[3] == "0":
         return 0, Version(0, tag)
     if status in _AGAIN:
@@ -220,7 +221,7 @@ class _Connection:
         self._clock = _Clock(limits.stall_s, deadline)
         host, port = parts.hostname or "", parts.port
         is_tls = parts.scheme == "https"
-        proxy = urllib.request.getproxies().get(parts.scheme)
+        proxy = urllib.request.getproxies_environment().get(parts.scheme)
         if proxy and urllib.request.proxy_bypass(host):
             proxy = None
         self._is_relayed = bool(proxy) and not is_tls
@@ -239,13 +240,18 @@ class _Connection:
     def is_usable(self, limits: RemoteLimits, deadline: float) -> bool:
         """Whether the other end has not closed it meanwhile; if so it has a new deadline."""
         self._clock.stall_s, self._clock.deadline = limits.stall_s, deadline
+        if self._http.sock is None:
+            return False
+        waiting = select.poll()
+        waiting.register(self._http.sock, select.POLLIN)
         # Nothing is being waited for: whatever can be read is the end of it.
-        return self._http.sock is not None and not select.select([self._http.sock], [], [], 0)[0]
+        return not waiting.poll(0)
 
     def ask(self, target: Target, byte_range: str) -> http.client.HTTPResponse:
         parts = urlsplit(target.address)
         # Quoted before, or not: what may not stand in a request is quoted, what is stays as it is.
-        path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
+        query = quote(parts.query, safe="/%:@!$&'()*+,;=~?")
+        path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{query}" if query else "")
         headers = {
             **target.headers,
             **_login(parts.username, parts.password, "Authorization"),
@@ -301,6 +307,10 @@ class _Pool:
                 connection.close()
         return _Connection(address, limits, deadline)
 
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
     def give_back(self, connection: _Connection) -> None:
         self._idle.append(connection)
         if len(self._idle) > _MAX_IDLE:
@@ -314,5 +324,7 @@ def _pool() -> _Pool:
     """This process's own: two that share a socket would read each other's answers."""
     number = os.getpid()
     if number not in _POOLS:
+        for inherited in list(_POOLS.values()):
+            inherited.close()
         _POOLS.clear()
     return _POOLS.setdefault(number, _Pool())

@@ -140,7 +140,9 @@ class Maker(Generic[Encoded, Packed]):
         """Let sources that are far away fetch all of a pack at once."""
         for number, source in enumerate(self.sources):
             if isinstance(source, ReadsAhead):
-                source.read_ahead(entry.index for entry in pack.entries if entry.draw.source == number)
+                entries = (entry for entry in pack.entries if entry.draw.source == number)
+                # Of one that was read to be measured, only pictures are wanted still.
+                source.read_ahead(one.index for one in entries if one.sample is None or one.sample.images())
 
     def _made(self, pack: PlannedPack, state: Mapping[str, object]) -> Made[Packed]:
         events = [Event(hole.source, hole) for hole in pack.holes]

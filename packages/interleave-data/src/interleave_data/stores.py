@@ -6,8 +6,10 @@ from fsspec's settings too (`FSSPEC_HTTPS`), and name and password from the addr
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from .errors import ShardError
 from .http_ranges import Target
@@ -18,6 +20,7 @@ _PATTERN = frozenset("*?[")
 
 _STORES: dict[tuple[int, str], Any] = {}
 """By process: the filesystems hold sockets and a thread."""
+_OPENING = threading.Lock()
 
 
 def target_of(address: str) -> Target:
@@ -46,7 +49,7 @@ def find_objects(address: str) -> list[str]:
 
     Raises:
         ShardError: if the store cannot be asked, or is a web server, which lists nothing.
-        ValueError: if that are too many.
+        ValueError: if that are too many, or an address names no host.
     """
     return [found for one in expand(address) for found in _matches(one)]
 
@@ -54,6 +57,8 @@ def find_objects(address: str) -> list[str]:
 def _matches(address: str) -> Iterator[str]:
     scheme = scheme_of(address)
     if scheme in ("http", "https"):
+        if not _has_server(address):
+            raise ValueError(f"path: expected {scheme}://HOST/NAME, got {shown(address)}; check the address")
         if "*" in address:
             raise ShardError(
                 f"{shown(address)}: expected names, got a pattern, and a web server lists nothing; write "
@@ -71,18 +76,30 @@ def _matches(address: str) -> Iterator[str]:
     yield from (f"{scheme}://{name}" for name in sorted(names))
 
 
+def _has_server(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def _web_headers(scheme: str) -> dict[str, str]:
     try:
         from fsspec.config import conf
     except ImportError:
         return {}
     settings = cast("dict[str, Any]", conf).get(scheme, {})
-    return {**settings.get("headers", {}), **settings.get("client_kwargs", {}).get("headers", {})}
+    return {**settings.get("headers", {}), **dict(settings.get("client_kwargs", {})).get("headers", {})}
 
 
 def _store(scheme: str) -> Any:
     key = (os.getpid(), scheme)
-    if key not in _STORES:
+    if key in _STORES:
+        return _STORES[key]
+    with _OPENING:
+        if key in _STORES:
+            return _STORES[key]
         try:
             import fsspec
 
@@ -95,7 +112,7 @@ def _store(scheme: str) -> Any:
             raise ShardError(f"{scheme}://: expected {wanted}, got no {error.name or 'gcsfs'}; install it") from error
         except Exception as error:  # noqa: BLE001  (as above)
             raise _no_access(f"{scheme}://", error) from None
-    return _STORES[key]
+        return _STORES[key]
 
 
 def _no_access(address: str, error: Exception) -> ShardError:

@@ -254,6 +254,7 @@ class Trainer(Generic[BatchT]):
             samples_digest=samples_digest(update.sample_ids),
             skipped={**self.stream.skipped, **counters.skipped_updates},
             data_wait=(self._waited_s - waited_s) / elapsed_s,
+            read_again=dict(getattr(self.stream, "read_again", {})),
             parts={name: value / update.num_targets for name, value in update.parts.items()},
             failed_saves=counters.failed_saves,
             evaluation=self._evaluation(),

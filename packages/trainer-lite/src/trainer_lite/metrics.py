@@ -33,6 +33,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Left out so far in this stage, by reason: samples, and whole updates (see `guards.LeftOut`)."""
     data_wait: float = 0.0
     """Share of this step's wall clock that went into waiting for data, if the stream counts it."""
+    read_again: dict[str, int] = {}
+    """Reads that had to be tried again so far in this process, by source, if the stream counts them."""
     parts: dict[str, float] = {}
     """Further means from the model."""
     failed_saves: int = 0
@@ -56,6 +58,9 @@ def format_record(record: StepRecord, max_steps: int) -> str:
     if record.skipped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(record.skipped.items()))
         cells.append(f"skipped {sum(record.skipped.values())} ({reasons})")
+    if record.read_again:
+        sources = ", ".join(f"{source} {count}" for source, count in sorted(record.read_again.items()))
+        cells.append(f"read again {sum(record.read_again.values())} ({sources})")
     return "  ".join(cells)
 
 
