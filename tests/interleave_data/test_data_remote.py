@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from interleave_data import (
     stores,
 )
 from interleave_data.config import RemoteLimits
-from interleave_data.http_ranges import Interrupted, Refusal, WrongAnswer, check_answer
+from interleave_data.http_ranges import Interrupted, Refusal, Target, WrongAnswer, check_answer
 from interleave_data.index_file import Version
 from interleave_data.places import expand, local_place, shown
 
@@ -547,6 +548,25 @@ def test_redirections_and_proxies_are_followed(monkeypatch, nginx, proxy):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
     assert dump(opened("http://shards.invalid/pair-0.tar")) == there
     assert set(proxy.harm.paths) == {"/pair-0.tar"}
+
+
+def test_what_lets_in_is_not_sent_on_to_another_host_nor_in_the_clear():
+    asked = Target("https://me:secret@host/a.tar", {"Authorization": "Bearer x"})
+    assert http_ranges._next_hop(asked, "/b.tar") == Target("https://me:secret@host/b.tar", asked.headers)
+    assert http_ranges._next_hop(asked, "https://other/b.tar") == Target("https://other/b.tar", {})
+    for location in ("http://host/a.tar", "file:///etc/passwd", ""):
+        with pytest.raises(Refusal, match="which is not followed"):
+            http_ranges._next_hop(asked, location)
+
+
+def test_a_read_that_goes_on_failing_is_heard_of(proxy, caplog):
+    source = opened(f"http://127.0.0.1:{proxy.port}/text-0.jsonl")
+    left = iter(range(9))
+    proxy.harm.of = lambda path, asked: "busy" if next(left, None) is not None else ""
+    with caplog.at_level(logging.WARNING):
+        assert told(source, 0)[1]
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert re.findall(r"(\d+) attempts failed, the last with status 503", said) == ["4", "8"]
 
 
 FORKED = """

@@ -37,6 +37,8 @@ _LONGEST_PAUSE_S = 30.0
 _MOST_WRONG = 5
 """Wrong answers in a row that end the reading: whatever is at fault, it is not going to pass."""
 _MOST_CHECKSUMS = 4
+_FIRST_WARNING = 4
+"""Failed attempts at one read, some seconds, of which the log hears; then each time that their number has doubled."""
 _KEPT_BYTES = 1 << 26
 _RECORD_BYTES = 1 << 23
 """Larger records are read member by member, and are not kept."""
@@ -160,6 +162,16 @@ class RemoteObject:
                     "total_s"
                 )
             self.retries.add(f"{shown(self.address)}, {what}", reason)
+            if number >= _FIRST_WARNING and number & (number - 1) == 0:
+                left_s = deadline - time.monotonic()
+                _log.warning(
+                    "%s: %s: %d attempts failed, the last with %s; trying for %.0f s more",
+                    shown(self.address),
+                    what,
+                    number,
+                    reason,
+                    left_s,
+                )
             time.sleep(pause_s)
 
 
