@@ -626,6 +626,9 @@ def test_an_address_without_a_host_is_refused():
     for address in ("https:///a.tar", "https://host:port/a.tar"):
         with pytest.raises(DataFileError, match="expected https://HOST/NAME"):
             opened(address)
+    for address in ("http://a..b/a.tar", "http://a b/a.tar"):
+        with pytest.raises(ShardError, match="an address that is none"):
+            opened(address)
 
 
 def test_a_shard_that_is_named_twice_is_refused(nginx):

@@ -134,11 +134,13 @@ def _ask(
         if connection is not None:
             connection.close()
         raise
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
         if connection is not None:
             connection.close()
         if isinstance(error, ssl.SSLCertVerificationError):
             raise Refusal(f"a certificate that is not to be trusted ({error.verify_message})") from None
+        if isinstance(error, http.client.InvalidURL | UnicodeError):
+            raise Refusal("an address that is none") from None
         # From None: what a library says of a request may hold the signed address.
         raise Interrupted(_said(error)) from None
     if len(data) != num_bytes:
