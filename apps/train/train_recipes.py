@@ -94,7 +94,7 @@ def smollm2() -> LanguageRun:
     optimizer = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, learning_rate_scales={"vision_tokenizer": 0.5})
     return LanguageRun(
         vision=model.vision,
-        connector=model.connector,
+        connector=replace(model.connector, num_latents=32),
         tiling=model.tiling,
         warmup=replace(warmup_stage(), train=_train(450, 4e-3, 1.5e-2)),
         stage=StageConfig(
