@@ -164,6 +164,10 @@ class PackStream:
                     pack = replace(self._features.collate(samples), sample_ids=ids)
                 yield PairPack(ids, pack) if self._objective == "preference" else pack
 
+    def stop_waiting_if(self, should_stop: Callable[[], bool]) -> None:
+        """Ask this while a worker lets us wait, and raise `StoppedWaiting` once it says so."""
+        self._stream.stop_waiting_if(should_stop)
+
     def start(self) -> None:
         """Let workers begin."""
         self._stream.start()

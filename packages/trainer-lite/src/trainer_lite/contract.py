@@ -104,6 +104,15 @@ class NamesSkips(Protocol):
 
 
 @runtime_checkable
+class StopsWaiting(Protocol):
+    """A stream whose iteration can be called off while it waits for data."""
+
+    def stop_waiting_if(self, should_stop: Callable[[], bool]) -> None:
+        """From now on raise `interleave_data.StoppedWaiting` instead of waiting on, once `should_stop` says so."""
+        ...
+
+
+@runtime_checkable
 class ModelFiles(Protocol):
     """How a model goes into a checkpoint folder and comes back."""
 
