@@ -42,11 +42,13 @@ def write_report(run: RunFolder, summary: Summary, exam: Exam, model: Blip3Confi
 
 
 def add_left_out(report: Report, records: Sequence[StepRecord]) -> None:
-    """Samples and updates that were left out, by stage and reason; no table where there were none."""
-    last = {record.stage: record.skipped for record in records}
-    rows = [[stage, reason, count] for stage, skipped in last.items() for reason, count in sorted(skipped.items())]
+    """Samples and updates that were left out, by stage and reason, and samples that were cut; no table of none."""
+    last = {record.stage: record for record in records}
+    rows = [[stage, reason, n] for stage, record in last.items() for reason, n in sorted(record.skipped.items())]
     if rows:
         report.add_table("Left out", ["stage", "reason", "number"], rows, note="Samples are named in skips.jsonl.")
+    if cut := [[stage, record.truncated] for stage, record in last.items() if record.truncated]:
+        report.add_table("Kept, but cut to fit", ["stage", "samples"], cut)
 
 
 def _add_skills(report: Report, summary: Summary) -> None:

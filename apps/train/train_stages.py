@@ -137,9 +137,13 @@ class PackStream:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Samples left out so far, by reason, and those that were kept but cut."""
-        truncated = self._stream.skips.num_truncated
-        return {**self._stream.skips.by_reason(), **({"truncated": truncated} if truncated else {})}
+        """Samples left out so far, by reason."""
+        return self._stream.skips.by_reason()
+
+    @property
+    def num_truncated(self) -> int:
+        """Samples kept so far, but cut to fit."""
+        return self._stream.skips.num_truncated
 
     @property
     def waited_s(self) -> float:

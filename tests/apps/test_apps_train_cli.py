@@ -174,6 +174,12 @@ def test_bad_samples_are_counted_and_fail_the_run_above_the_share(
     }
     assert train("sft", "--data", "strict.toml", "--out", "strict", *toy_flags) == 3
     assert "bad samples" in capsys.readouterr().err
+    # Cut instead, the long one is no skipped one.
+    assert train("sft", "--data", "lenient.toml", "--out", "cut", *toy_flags, "--too-long", "truncate-text") == 0
+    cut = _lines(tmp_path / "cut")[-1]
+    assert cut["skipped"].keys() == skipped.keys() - {"too_long"}
+    assert cut["truncated"] == skipped["too_long"]
+    assert f"  skipped {sum(cut['skipped'].values())} (" in capsys.readouterr().err
 
 
 def test_stage_can_start_from_a_demo_checkpoint(train, toy_demo: Path, tmp_path: Path, capsys) -> None:

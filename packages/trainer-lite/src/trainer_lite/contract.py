@@ -64,7 +64,8 @@ class StepModel(Protocol[BatchT_contra]):
 class Stream(Protocol[BatchT_co]):
     """Batches in an order that can be continued: its state is small and speaks of consumed, not prefetched, batches.
 
-    One that counts the seconds its iteration has waited for data, in an attribute `waited_s`, finds them in the log.
+    One that counts the seconds its iteration has waited for data (`waited_s`), or the samples that it kept but cut
+    (`num_truncated`), finds them in the log.
     """
 
     @property

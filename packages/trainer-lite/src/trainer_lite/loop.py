@@ -276,6 +276,7 @@ class Trainer(Generic[BatchT]):
             lr=cfg.optimizer.learning_rate * factor,
             samples_digest=samples_digest(update.sample_ids),
             skipped={**self.stream.skipped, **counters.skipped_updates},
+            truncated=getattr(self.stream, "num_truncated", 0),
             data_wait=(self._waited_s - waited_s) / elapsed_s,
             parts={name: value / update.num_targets for name, value in update.parts.items()},
             failed_saves=counters.failed_saves,
