@@ -164,6 +164,8 @@ def test_a_stopped_demo_says_what_to_do_and_is_exit_130(train, toy_model, toy_fl
     assert "a warm-up cannot be continued" in capsys.readouterr().err
     assert train("sft", *toy_flags) == 130
     assert "continue with uv run apps/train sft --out runs/sft --resume" in capsys.readouterr().err
+    # No step, no report.
+    assert list(Path("runs").glob("*/report.html")) == []
 
 
 def test_report_lists_what_each_stage_left_out(repo_root: Path, tmp_path: Path, monkeypatch) -> None:

@@ -188,6 +188,7 @@ def test_stage_can_start_from_a_demo_checkpoint(train, toy_demo: Path, tmp_path:
     said = capsys.readouterr()
     assert "overall" in said.out
     assert "linear_cross_entropy=" in said.err
+    assert "<h2>Accuracy on held-out questions</h2>" in (tmp_path / "runs/safety/report.html").read_text()
     assert load_model(tmp_path / "runs/safety/checkpoints/step-00000001").config.lora is not None
     # The demo, of the same seed, asked the same questions and let the model speak as long.
     theirs = [json.loads(line) for line in (toy_demo / "runs/demo/predictions/safety.jsonl").read_text().splitlines()]

@@ -168,6 +168,7 @@ def test_sigterm_saves_exits_143_and_the_run_goes_on(
         assert train(*command, "--out", "mine") == 143
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "mine/checkpoints/step-00000003/MANIFEST.json").is_file()
+    assert "<h1>Run of sft</h1>" in (tmp_path / "mine/report.html").read_text()
     with monkeypatch.context() as patched:
         # The second one does not wait for a checkpoint.
         signal_at(patched, 4, signal.SIGTERM, signal.SIGTERM)
