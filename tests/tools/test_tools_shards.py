@@ -267,7 +267,7 @@ def test_packing_leaves_out_and_names_what_would_not_be_read(repo_root: Path, tm
     done = run(repo_root, "pack_shards", tmp_path / "x.jsonl", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"2 samples in 1 shards, in {tmp_path / 'out'}", "left out: too_many_bytes 1"]
-    assert "x.jsonl:2: too_many_bytes: expected a .json member of at most 4194304 bytes, got 4194305" in done.stderr
+    assert "x.jsonl:1: too_many_bytes: expected a .json member of at most 4194304 bytes, got 4194305" in done.stderr
     before, after = opened(tmp_path / "x.jsonl", "text"), opened(tmp_path / "out/*.tar", "text")
     assert [outline(after[n]) for n in range(2)] == [outline(before[n]) for n in (0, 2)]
 
