@@ -20,6 +20,7 @@ from siglip_lite import SiglipVision
 from train_config import LanguageRun, run_path
 from train_errors import BadInputError, checking_input
 from train_exam import Exam, StageScores, with_exchanged_pictures
+from train_report import write_run_report
 from train_stages import (
     IMAGE_CACHE_BYTES,
     CheckpointFiles,
@@ -112,13 +113,18 @@ def run_language(recipe: str, config: LanguageRun, stop: StopFlag) -> bool:
     if config.stage.use_lora:
         merge_adapters(model)
     save_model(path / "model", model, processor, manifest={"recipe": recipe})
-    if config.eval_questions > 0:
-        _examine(config, model, processor, timer, path)
+    scores = _examine(config, model, processor, timer, path) if config.eval_questions > 0 else {}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = {"parameters": f"{parameters / 1e6:.2f} M", "time": f"{timer.total_s:.0f} s"}
+    if write_run_report(run, recipe, facts, scores):
+        say(f"report {run.report_path}")
     say(f"chat: uv run apps/chat --model {path / 'model'}")
     return True
 
 
-def _examine(config: LanguageRun, model: Blip3, processor: Processor, timer: PhaseTimer, path: Path) -> None:
+def _examine(
+    config: LanguageRun, model: Blip3, processor: Processor, timer: PhaseTimer, path: Path
+) -> dict[str, StageScores]:
     with timer.phase("evaluation"):
         exam = Exam.draw(config.eval_questions, config.stage.train.seed, processor, _SKILLS)
         right = exam.sit("right pictures", model, processor, None)
@@ -145,3 +151,4 @@ def _examine(config: LanguageRun, model: Blip3, processor: Processor, timer: Pha
         f"right minus exchanged: {found.difference:+.1%}, 95 % interval [{found.low:+.1%}, {found.high:+.1%}]; "
         f"{timer.total_s:.0f} s, {summary.peak_rss_bytes / 2**30:.2f} GiB at the peak"
     )
+    return {"right pictures": right, "exchanged pictures": exchanged}

@@ -38,6 +38,8 @@ def test_a_language_model_is_given_sight_and_asked_with_right_and_exchanged_pict
     assert len(right) == len(exchanged) == len(summary["right"]["skills"])
     assert summary["difference"] == pytest.approx((sum(right) - sum(exchanged)) / len(right))
     assert summary["low"] <= summary["difference"] <= summary["high"]
+    page = (tmp_path / "runs/smollm2/report.html").read_text()
+    assert "<th>right pictures</th><th>exchanged pictures</th>" in page
     loaded = load_model(tmp_path / "runs/smollm2/model")
     assert loaded.config.model.lm.vocab_size == 300
     # Adapters moved the language model; its embedding, which they leave alone, is the published one.

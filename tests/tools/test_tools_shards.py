@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from interleave_data import ImagePart, RecordSource, SourceConfig, load_data_file, open_source
+from interleave_data import (
+    ImagePart,
+    RecordSource,
+    SkipCounter,
+    SkipLimits,
+    SourceConfig,
+    load_data_file,
+    open_source,
+)
 
 ADDRESS = "https://example.com/cat.png"
 
@@ -249,3 +257,33 @@ def test_packing_names_what_it_cannot_write(repo_root: Path, tmp_path: Path, pic
     done = run(repo_root, "pack_shards", pictures, tmp_path / "file" / "out")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "Not a directory" in done.stderr
+
+
+def test_packing_leaves_out_and_names_what_would_not_be_read(repo_root: Path, tmp_path: Path) -> None:
+    """To the byte: the longest record that is read is written, and reads as it did."""
+    overhead = len('{"text":""}')
+    lengths = [1, (4 << 20) - overhead + 1, (4 << 20) - overhead]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in lengths))
+    done = run(repo_root, "pack_shards", tmp_path / "x.jsonl", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"2 samples in 1 shards, in {tmp_path / 'out'}", "left out: too_many_bytes 1"]
+    assert "x.jsonl:1: too_many_bytes: expected a .json member of at most 4194304 bytes, got 4194305" in done.stderr
+    before, after = opened(tmp_path / "x.jsonl", "text"), opened(tmp_path / "out/*.tar", "text")
+    assert [outline(after[n]) for n in range(2)] == [outline(before[n]) for n in (0, 2)]
+
+
+def test_packing_a_folder_leaves_out_and_names_what_would_not_be_read(tmp_path: Path, repo_root: Path, monkeypatch):
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    from pack_shards import folder_samples
+
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(png(1))
+    (tmp_path / "a.txt").write_text("fine")
+    for name, num_bytes in (("b.txt", (4 << 20) + 1), ("c.png", (64 << 20) + 1)):
+        with (tmp_path / name).open("r+b" if name == "c.png" else "wb") as file:
+            file.truncate(num_bytes)
+    left_out: list[str] = []
+    skips = SkipCounter(SkipLimits(max_share=1, max_consecutive=9), on_skip=lambda _, skip: left_out.append(str(skip)))
+    assert [name for name, _ in folder_samples(tmp_path, skips)] == [str(tmp_path / "a.png")]
+    assert [text.partition(":")[0] for text in left_out] == [str(tmp_path / f"{name}.png") for name in "bc"]
+    assert skips.by_reason() == {"too_many_bytes": 2}
