@@ -1,9 +1,8 @@
 """A published language model learns to see: a drawn world's vision tower and connector in front of it.
 
 First the tower and the connector are warmed up on drawn labels until image tokens are the words for what is drawn (see
-`train_vision`), the language model waiting; then
-connector and adapters learn to answer questions about pictures. The exam asks with the right pictures and with
-exchanged ones: only the difference shows sight.
+`train_vision`), the language model waiting; then its adapters learn to answer questions about pictures. The exam asks
+with the right pictures and with exchanged ones: only the difference shows sight.
 """
 
 from pathlib import Path
