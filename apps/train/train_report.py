@@ -57,7 +57,7 @@ def write_run_report(
     records = read_metrics(run.metrics.path) if run.metrics.path.exists() else []
     if not records:
         return False
-    report = Report(f"Run of {recipe}", run.path.name)
+    report = Report(f"Run of {recipe}", str(run.path))
     tokens = [record.tokens_per_s for record in records]
     report.add_facts(
         {

@@ -56,6 +56,20 @@ def opened(path: object, fmt: str, root: Path | None = None, **more) -> RecordSo
     return open_source(SourceConfig(name="s", format=fmt, path=str(path), image_root=root and str(root), **more))
 
 
+@pytest.fixture
+def index_here(repo_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """tools/index.py in this process, which has torch at hand already: arguments → what it prints."""
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    import index
+
+    def call(*args: object) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["index", *map(str, args)])
+        index.main()
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_index_writes_what_is_missing_and_names_what_is_damaged(repo_root: Path, tmp_path: Path, jobs: int) -> None:
     (tmp_path / "deep").mkdir()
@@ -91,7 +105,7 @@ def test_index_refuses_what_it_cannot_do(repo_root: Path, tmp_path: Path) -> Non
 
 
 def test_index_measures_samples_exactly_for_a_checkpoint(
-    repo_root: Path, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
+    index_here, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
 ) -> None:
     from blip3_lite import save_model
 
@@ -105,9 +119,8 @@ def test_index_measures_samples_exactly_for_a_checkpoint(
     data_file = tmp_path / "data.toml"
     data_file.write_text('[[sources]]\nname = "s"\nformat = "obelics"\npath = "x.jsonl"\nimage_root = "pictures"\n')
     for num_bad in (1, 0):  # what is measured is not measured again
-        done = run(repo_root, "index", data_file, "--checkpoint", tmp_path / "model")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[1] == f"measured s: 3 samples, {num_bad} newly found that cannot be encoded"
+        told = index_here(data_file, "--checkpoint", tmp_path / "model")
+        assert told[1] == f"measured s: 3 samples, {num_bad} newly found that cannot be encoded"
     (cfg,) = load_data_file(data_file).sources
     source = open_source(cfg, lengths=tiny_processor.size_fingerprint)
     encoded = [tiny_processor.encode(source[n]) for n in (0, 2)]
@@ -117,7 +130,7 @@ def test_index_measures_samples_exactly_for_a_checkpoint(
 
 
 def test_lengths_are_those_that_a_run_asks_for(
-    repo_root: Path, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
+    index_here, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
 ) -> None:
     """Under the data file's limits on pictures, and for pre-training's one view."""
     from blip3_lite import Processor, save_model
@@ -131,8 +144,8 @@ def test_lengths_are_those_that_a_run_asks_for(
         "[image_limits]\nmax_pixels = 500\n"
     )
     for views in ("tiles", "base"):
-        done = run(repo_root, "index", data_file, "--checkpoint", tmp_path / "model", "--views", views)
-        assert done.returncode == 0, done.stderr
+        told = index_here(data_file, "--checkpoint", tmp_path / "model", "--views", views)
+        assert told[1].startswith("measured s: 1 samples")
     loaded = load_data_file(data_file)
     for cfg in (tiny_processor.cfg, tiny_processor.cfg.with_base_views()):
         processor = Processor(cfg, tiny_processor.tokenizer, loaded.image_limits)

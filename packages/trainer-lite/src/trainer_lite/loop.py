@@ -181,7 +181,9 @@ class Trainer(Generic[BatchT]):
         reason: Literal["max_steps", "stream_end", "stopped"] = "max_steps"
         record: StepRecord | None = None
         if isinstance(self.stream, StopsWaiting):
-            self.stream.stop_waiting_if(lambda: self.stop.is_set)
+            stop = self.stop
+            # Of the flag alone: a stream that knew the trainer would keep both, and the run's lock, past their end.
+            self.stream.stop_waiting_if(lambda: stop.is_set)
         batches = iter(self.stream)
         self.progress.start(self.stage, cfg.max_steps, self.counters.step)
         try:
