@@ -18,10 +18,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
@@ -31,6 +31,9 @@ from interleave_data.formats import FORMATS
 from interleave_data.index_file import read_header
 from interleave_data.opening import shard_paths
 from interleave_data.places import is_remote, shown
+
+if TYPE_CHECKING:
+    from blip3_lite import Processor
 
 
 class Done(NamedTuple):
@@ -95,6 +98,18 @@ def index_one(path: str, on_bytes: Callable[[int], object] | None = None) -> Don
         return Done(path, num_bytes, 0, error=str(error))
 
 
+@cache
+def _processor(checkpoint: Path, views: str, limits: ImageLimits) -> "Processor":
+    """Load once in each process what measures: a tokenizer takes longer than many a shard."""
+    from blip3_lite import Processor
+    from blip3_lite.checkpoint import read_config
+    from blip3_lite.processor import load_tokenizer
+
+    config = read_config(checkpoint)
+    model = config.model.with_base_views() if views == "base" else config.model
+    return Processor(model, load_tokenizer(checkpoint / config.tokenizer_file), limits)
+
+
 def measure_one(
     checkpoint: Path,
     views: str,
@@ -105,13 +120,7 @@ def measure_one(
     on_sample: Callable[[], object] = lambda: None,
 ) -> Done:
     """Measure the samples of one shard of a source."""
-    from blip3_lite import Processor
-    from blip3_lite.checkpoint import read_config
-    from blip3_lite.processor import load_tokenizer
-
-    config = read_config(checkpoint)
-    model = config.model.with_base_views() if views == "base" else config.model
-    processor = Processor(model, load_tokenizer(checkpoint / config.tokenizer_file), limits)
+    processor = _processor(checkpoint, views, limits)
     layout = FORMATS[cfg.format]
     settings = {name: getattr(cfg, name) for name in layout.settings}
     try:

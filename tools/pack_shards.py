@@ -10,7 +10,8 @@ there); the members' names take their places. They are read by the format that t
 fetched.
 
 The same input gives the same bytes. Each shard is written under a temporary name, synced and renamed. A record whose
-pictures cannot be had is left out, counted and named.
+pictures cannot be had, or that is larger than what is ever read (4 MiB of text, 64 MiB a picture), is left out, counted
+and named.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from interleave_data import SkipCounter, SkipLimits, SkipSample
 from interleave_data.containers import make_index, open_shard, shard_kind, write_index
 from interleave_data.formats.pictures import picture_part
 from interleave_data.records import Images
+from interleave_data.tar_shards import check_members
 
 Members = list[tuple[str, bytes]]
 """(suffix, content) of one sample's members."""
@@ -41,7 +43,7 @@ _FIELDS = ("image", "images", "img_path", "url", "image_url")
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 
 
-def folder_samples(folder: Path) -> Iterator[tuple[str, Members]]:
+def folder_samples(folder: Path, skips: SkipCounter) -> Iterator[tuple[str, Members]]:
     """Yield each picture of a folder, at any depth, with the texts beside it.
 
     Raises:
@@ -53,8 +55,14 @@ def folder_samples(folder: Path) -> Iterator[tuple[str, Members]]:
             raise ValueError(f"{path}: expected one picture of that name, got another; rename one")
         seen.add(path.with_suffix(""))
         texts = [(suffix, path.with_suffix(f".{suffix}")) for suffix in ("txt", "json")]
-        members = [(path.suffix.lower()[1:], path.read_bytes())]
-        yield str(path), members + [(suffix, text.read_bytes()) for suffix, text in texts if text.is_file()]
+        files = [(path.suffix.lower()[1:], path)] + [(suffix, text) for suffix, text in texts if text.is_file()]
+        try:
+            check_members((suffix, file.stat().st_size) for suffix, file in files)
+        except SkipSample as skip:
+            _leave_out(skip, str(folder), str(path), skips)
+            continue
+        skips.keep(str(folder))
+        yield str(path), [(suffix, file.read_bytes()) for suffix, file in files]
 
 
 def record_samples(paths: Sequence[str], images: Images, skips: SkipCounter) -> Iterator[tuple[str, Members]]:
@@ -66,14 +74,19 @@ def record_samples(paths: Sequence[str], images: Images, skips: SkipCounter) -> 
             record = shard.record(row)
             try:
                 members = _record_members(cast("dict[str, object]", record.decode(dict)), images, _key(number))
+                check_members((suffix, len(data)) for suffix, data in members)
             except SkipSample as skip:
-                skip.where = record.where
-                skips.skip(path, skip)
-                print(f"left out  {skip}", file=sys.stderr)
+                _leave_out(skip, path, record.where, skips)
                 continue
             skips.keep(path)
             number += 1
             yield record.where, members
+
+
+def _leave_out(skip: SkipSample, source: str, where: str, skips: SkipCounter) -> None:
+    skip.where = where
+    skips.skip(source, skip)
+    print(f"left out  {skip}", file=sys.stderr)
 
 
 def _key(number: int) -> str:
@@ -190,7 +203,7 @@ def main() -> None:
         parser.error(f"{args.out}: expected an empty folder or none, got something; choose another")
     skips = SkipCounter(SkipLimits(max_share=1, max_consecutive=sys.maxsize))
     if os.path.isdir(args.source):
-        samples = folder_samples(Path(args.source))
+        samples = folder_samples(Path(args.source), skips)
     else:
         paths = sorted(path for path in glob.glob(args.source) if shard_kind(path) in ("json", "parquet"))
         if not paths:

@@ -171,7 +171,7 @@ class LanguageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     warmup: WarmupConfig
     """First part: vision tower and connector."""
     stage: StageConfig
-    """Second part: connector and language model, the latter frozen or with adapters."""
+    """Second part: the language model, or adapters on it, and the connector if `trains` names it."""
     eval_questions: int = 20
     """Held-out questions a skill about one drawn picture, asked at the end with right and with exchanged pictures."""
     feature_cache_mb: int = 1024

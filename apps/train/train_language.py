@@ -1,8 +1,8 @@
 """A published language model learns to see: a drawn world's vision tower and connector in front of it.
 
-First the tower and the connector are warmed up on drawn labels (see `train_vision`), the language model waiting; then
-connector and adapters learn to answer questions about pictures. The exam asks with the right pictures and with
-exchanged ones: only the difference shows sight.
+First the tower and the connector are warmed up on drawn labels until image tokens are the words for what is drawn (see
+`train_vision`), the language model waiting; then its adapters learn to answer questions about pictures. The exam asks
+with the right pictures and with exchanged ones: only the difference shows sight.
 """
 
 from pathlib import Path
@@ -14,11 +14,12 @@ from blip3_lite import Blip3, FeatureCache, Processor, save_model
 from blip3_lite.assembly import join_parts
 from eval_lite import write_predictions
 from phi3_lite import load_lm
-from scene_world import SKILLS
+from scene_world import PictureKind
 from siglip_lite import SiglipVision
 from train_config import LanguageRun, run_path
 from train_errors import BadInputError, checking_input
 from train_exam import Exam, StageScores, with_exchanged_pictures
+from train_report import write_run_report
 from train_stages import (
     IMAGE_CACHE_BYTES,
     CheckpointFiles,
@@ -35,8 +36,10 @@ from train_world import stage_data
 from trainer_lite import PhaseTimer, RunFolder, StopFlag, TqdmProgress, peak_rss_bytes
 from vlm_metrics import paired_difference
 
-_UNTAUGHT = ("compare", "find", "private")
-"""Skills about several pictures and of refusal, which are not among the questions that it learns from."""
+_KINDS: tuple[PictureKind, ...] = ("scene",)
+"""Pictures that it learns from, in both parts."""
+_SKILLS = ("colour", "shape", "count", "place", "relation", "presence", "box")
+"""What is asked about such pictures."""
 
 
 class SightSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,13 +76,13 @@ def run_language(recipe: str, config: LanguageRun, stop: StopFlag) -> bool:
     timer, progress = PhaseTimer(), TqdmProgress()
     with timer.phase("setup"), checking_input():
         world_samples, seed = config.stage.world_samples, config.stage.train.seed
-        data = stage_data("sft", world_samples, seed) if config.data is None else data_of_file(config.data)
+        data = stage_data("sft", world_samples, seed, _KINDS) if config.data is None else data_of_file(config.data)
         torch.manual_seed(config.warmup.train.seed)
         model, processor = _joined(config)
         run = RunFolder.create(path, {"recipe": recipe, "config": config})
         words = label_words(model.lang_model, processor.tokenizer)
         warmup = warmup_trainer(
-            config.warmup, model, processor.tokenizer, run=run, progress=progress, stop=stop, words=words
+            config.warmup, model, processor.tokenizer, run=run, progress=progress, stop=stop, words=words, kinds=_KINDS
         )
     announce(model, path)
     with timer.phase("warmup"):
@@ -109,16 +112,20 @@ def run_language(recipe: str, config: LanguageRun, stop: StopFlag) -> bool:
     if config.stage.use_lora:
         merge_adapters(model)
     save_model(path / "model", model, processor, manifest={"recipe": recipe})
-    if config.eval_questions > 0:
-        _examine(config, model, processor, timer, path)
+    scores = _examine(config, model, processor, timer, path) if config.eval_questions > 0 else {}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = {"parameters": f"{parameters / 1e6:.2f} M", "time": f"{timer.total_s:.0f} s"}
+    if write_run_report(run, recipe, facts, scores):
+        say(f"report {run.report_path}")
     say(f"chat: uv run apps/chat --model {path / 'model'}")
     return True
 
 
-def _examine(config: LanguageRun, model: Blip3, processor: Processor, timer: PhaseTimer, path: Path) -> None:
+def _examine(
+    config: LanguageRun, model: Blip3, processor: Processor, timer: PhaseTimer, path: Path
+) -> dict[str, StageScores]:
     with timer.phase("evaluation"):
-        skills = [skill for skill in SKILLS if skill not in _UNTAUGHT]
-        exam = Exam.draw(config.eval_questions, config.stage.train.seed, processor, skills)
+        exam = Exam.draw(config.eval_questions, config.stage.train.seed, processor, _SKILLS)
         right = exam.sit("right pictures", model, processor, None)
         other = Exam.of(with_exchanged_pictures(exam.items), processor)
         exchanged = other.sit("exchanged pictures", model, processor, None)
@@ -143,3 +150,4 @@ def _examine(config: LanguageRun, model: Blip3, processor: Processor, timer: Pha
         f"right minus exchanged: {found.difference:+.1%}, 95 % interval [{found.low:+.1%}, {found.high:+.1%}]; "
         f"{timer.total_s:.0f} s, {summary.peak_rss_bytes / 2**30:.2f} GiB at the peak"
     )
+    return {"right pictures": right, "exchanged pictures": exchanged}

@@ -91,14 +91,16 @@ def safety_stage() -> StageConfig:
 def smollm2() -> LanguageRun:
     """The demo's tower and connector before SmolLM2-135M, which gets adapters; a quarter of an hour on two cores."""
     model = demo_model()
-    optimizer = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, learning_rate_scales={"vision_tokenizer": 0.5})
+    optimizer = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
     return LanguageRun(
         vision=model.vision,
-        connector=model.connector,
+        connector=replace(model.connector, num_latents=32),
         tiling=model.tiling,
         warmup=replace(warmup_stage(), train=_train(450, 4e-3, 1.5e-2)),
         stage=StageConfig(
-            train=replace(_train(190, 1e-3, 1e-3), optimizer=optimizer, log_every=10),
+            train=replace(_train(170, 1e-3, 1e-3), optimizer=optimizer, log_every=10),
+            # The connector rests: trained on, its tokens left the words that they had been brought to.
+            trains=("lang_model",),
             use_lora=True,
             max_tokens=640,
             world_samples=2000,

@@ -1,6 +1,11 @@
-"""The demo's report.html: curves, skills before and after each stage, pictures with tiles and answers."""
+"""report.html. Of the demo: curves, skills before and after each stage, pictures with tiles and answers.
 
-from collections.abc import Sequence
+Of any other run: curves of loss and rates, what was left out, and its scores if questions were asked.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
 from PIL import Image
 
@@ -8,8 +13,9 @@ from anyres_tiler import tile_image
 from blip3_lite import Blip3Config
 from eval_lite import EvalItem, Prediction
 from interleave_data import TextPart
-from train_exam import Exam, Summary
-from trainer_lite import Picture, Report, RunFolder, Share, StepRecord, read_metrics
+from train_exam import Exam, StageScores, Summary
+from trainer_lite import Picture, Report, RunFolder, Share, StepRecord, peak_rss_bytes, read_metrics
+from trainer_lite.charts import Curve
 
 _PICTURES_PER_SKILL = 2
 
@@ -41,12 +47,87 @@ def write_report(run: RunFolder, summary: Summary, exam: Exam, model: Blip3Confi
     report.write(run.report_path)
 
 
+def write_run_report(
+    run: RunFolder, recipe: str, facts: Mapping[str, object], scores: Mapping[str, StageScores] | None = None
+) -> bool:
+    """Write the page of a run that is no demo, from its metrics; return False, and write none, where no step was made.
+
+    `facts` stand at the top. `scores`: of its exams by what was shown, if there were any.
+    """
+    records = read_metrics(run.metrics.path) if run.metrics.path.exists() else []
+    if not records:
+        return False
+    report = Report(f"Run of {recipe}", str(run.path))
+    tokens = [record.tokens_per_s for record in records]
+    report.add_facts(
+        {
+            **facts,
+            "steps": len(records),
+            "target tokens (or pairs)": f"{sum(record.target_tokens for record in records):,}",
+            "last loss": f"{records[-1].loss:.4f}",
+            "tokens/s, median": f"{median(tokens):,.0f}",
+            "waited for data": f"{sum(record.data_wait for record in records) / len(records):.1%}",
+            "memory at the peak, data workers apart": f"{peak_rss_bytes() / 2**30:.2f} GiB",
+        }
+    )
+    if scores:
+        _add_scores(report, scores)
+    report.add_loss_curves(records)
+    _add_course(report, records)
+    add_left_out(report, records)
+    report.write(run.report_path)
+    return True
+
+
+def _add_scores(report: Report, scores: Mapping[str, StageScores]) -> None:
+    first = next(iter(scores.values()))
+    rows: list[list[str | Share]] = []
+    for skill, score in first.skills.items():
+        cells = [shown.skills[skill] for shown in scores.values()]
+        rows.append([skill, f"{score.baseline:.0%}", *(Share(c.accuracy, c.low, c.high, c.n) for c in cells)])
+    rows.append(["overall", "", *(f"{shown.overall:.1%}" for shown in scores.values())])
+    report.add_table(
+        "Accuracy on held-out questions",
+        ["skill", "most frequent answer", *scores],
+        rows,
+        note="Bars: 95 % Wilson intervals.",
+    )
+
+
+_RATES: dict[str, Callable[[StepRecord], float]] = {
+    "tokens/s": lambda record: record.tokens_per_s,
+    "learning rate": lambda record: record.lr,
+    "gradient norm": lambda record: record.grad_norm,
+    "share of the step that waited for data": lambda record: record.data_wait,
+}
+
+
+def _add_course(report: Report, records: Sequence[StepRecord]) -> None:
+    """Rates of each stage, and what its model says besides the loss, such as the share of pairs in the right order."""
+    for stage, steps in _by_stage(records).items():
+        numbers = [record.step for record in steps]
+        values = {name: [rate(record) for record in steps] for name, rate in _RATES.items()}
+        for name in dict.fromkeys(name for record in steps for name in record.parts):
+            values[name] = [record.parts.get(name, math.nan) for record in steps]
+        charts = {name: {name: Curve(numbers, of_steps)} for name, of_steps in values.items()}
+        report.add_curves(f"Course of {stage}", charts)
+
+
+def _by_stage(records: Sequence[StepRecord]) -> dict[str, list[StepRecord]]:
+    stages: dict[str, list[StepRecord]] = {}
+    for record in records:
+        stages.setdefault(record.stage, []).append(record)
+    return stages
+
+
 def add_left_out(report: Report, records: Sequence[StepRecord]) -> None:
-    """Samples and updates that were left out, by stage and reason; no table where there were none."""
-    last = {record.stage: record.skipped for record in records}
-    rows = [[stage, reason, count] for stage, skipped in last.items() for reason, count in sorted(skipped.items())]
+    """Samples and updates that were left out, by stage and reason, and samples that were cut; no table of none."""
+    last = {record.stage: record for record in records}
+    rows = [[stage, reason, n] for stage, record in last.items() for reason, n in sorted(record.skipped.items())]
     if rows:
         report.add_table("Left out", ["stage", "reason", "number"], rows, note="Samples are named in skips.jsonl.")
+    if cut := [[stage, record.truncated] for stage, record in last.items() if record.truncated]:
+        report.add_table("Kept, but cut to fit", ["stage", "samples"], cut)
 
 
 def _add_skills(report: Report, summary: Summary) -> None:

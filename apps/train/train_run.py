@@ -1,7 +1,8 @@
 """Carry out a command line: all stages, one stage, or the warm-up; turn trouble into one message and an exit status."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -29,8 +30,9 @@ from train_errors import (
     BadInputError,
     checking_input,
 )
-from train_exam import Exam
+from train_exam import Exam, StageScores
 from train_language import run_language
+from train_report import write_run_report
 from train_stages import (
     IMAGE_CACHE_BYTES,
     CheckpointFiles,
@@ -45,7 +47,7 @@ from train_stages import (
 )
 from train_vision import fit_warmup, warmup_trainer
 from train_world import WORLD_STAGES, stage_data, world_tokenizer
-from trainer_lite import NonFiniteError, RunFolder, SaveError, StopFlag, TqdmProgress, keep_freed_memory
+from trainer_lite import NonFiniteError, RunFolder, SaveError, StopFlag, TqdmProgress, Trainer, keep_freed_memory
 
 _TOKENIZER_SAMPLES = 2000
 
@@ -106,6 +108,7 @@ def _run_warmup_alone(recipe: str, config: WarmupRun, stop: StopFlag) -> bool:
     announce(model, run_folder.path)
     result = fit_warmup(trainer, model, files)
     say(f"checkpoint {result.checkpoint}")
+    _report(run_folder, recipe, trainer)
     if stop.is_set:
         say(f"stopped at step {result.counters.step}; a warm-up cannot be continued, but --init takes its checkpoint")
     return not stop.is_set
@@ -149,14 +152,31 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
     if run_folder.skips.path.exists():
         say(f"samples that were left out: {run_folder.skips.path}")
     if stop.is_set:
+        _report(run_folder, recipe, trainer)
         say(f"stopped at step {result.counters.step}; continue with uv run apps/train {recipe} --out {path} --resume")
         return False
     if config.stage.use_lora:
         merge_adapters(model)
+    scores: dict[str, StageScores] = {}
     if config.eval_questions > 0:
         features = _feature_cache(model, config) if config.stage.trains_tower else features
-        _report_exam(recipe, model, processor, config, features, path)
+        scores[recipe] = _examine(recipe, model, processor, config, features, path)
+    _report(run_folder, recipe, trainer, scores)
     return True
+
+
+def _report(
+    run_folder: RunFolder, recipe: str, trainer: Trainer[Any], scores: Mapping[str, StageScores] | None = None
+) -> None:
+    """Write report.html, and say where, if a step has been made."""
+    trained = trainer.optimizers.parameters.values()
+    facts = {
+        "parameters trained": f"{sum(parameter.numel() for parameter in trained) / 1e6:.2f} M",
+        "seed": trainer.cfg.seed,
+        "time of the steps": f"{trainer.counters.wall_s:.0f} s",
+    }
+    if write_run_report(run_folder, recipe, facts, scores):
+        say(f"report {run_folder.report_path}")
 
 
 def _stage_data(recipe: str, config: StageRun) -> StageData:
@@ -262,9 +282,9 @@ def _feature_cache(model: Blip3, config: StageRun) -> FeatureCache | None:
     return FeatureCache(model, config.feature_cache_mb << 20)
 
 
-def _report_exam(
+def _examine(
     recipe: str, model: Blip3, processor: Processor, config: StageRun, features: FeatureCache | None, path: Path
-) -> None:
+) -> StageScores:
     exam = Exam.draw(config.eval_questions, config.stage.train.seed, processor)
     scores = exam.sit(recipe, model, processor, features)
     write_predictions(path / "predictions.jsonl", exam.predictions[recipe])
@@ -273,3 +293,4 @@ def _report_exam(
             f"{name:<12} {result.accuracy:6.1%}  [{result.low:.1%}, {result.high:.1%}]  baseline {result.baseline:.1%}"
         )
     print(f"{'overall':<12} {scores.overall:6.1%}")
+    return scores

@@ -137,9 +137,13 @@ class PackStream:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Samples left out so far, by reason, and those that were kept but cut."""
-        truncated = self._stream.skips.num_truncated
-        return {**self._stream.skips.by_reason(), **({"truncated": truncated} if truncated else {})}
+        """Samples left out so far, by reason."""
+        return self._stream.skips.by_reason()
+
+    @property
+    def num_truncated(self) -> int:
+        """Samples kept so far, but cut to fit."""
+        return self._stream.skips.num_truncated
 
     @property
     def read_again(self) -> Mapping[str, int]:
@@ -168,6 +172,10 @@ class PackStream:
                     samples = [EncodedSample.from_arrays(arrays) for arrays in batch.data]
                     pack = replace(self._features.collate(samples), sample_ids=ids)
                 yield PairPack(ids, pack) if self._objective == "preference" else pack
+
+    def stop_waiting_if(self, should_stop: Callable[[], bool]) -> None:
+        """Ask this while a worker lets us wait, and raise `StoppedWaiting` once it says so."""
+        self._stream.stop_waiting_if(should_stop)
 
     def start(self) -> None:
         """Let workers begin."""

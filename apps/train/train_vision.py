@@ -7,7 +7,7 @@ world has), and each image token the same of its cell of patches, so that the co
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -27,6 +27,7 @@ from scene_world import (
     NUM_SYMBOLS,
     SYMBOLS,
     UNKNOWN,
+    PictureKind,
 )
 from siglip_lite import (
     Siglip,
@@ -37,50 +38,89 @@ from siglip_lite import (
 )
 from train_config import WarmupConfig
 from train_stages import CheckpointFiles
-from train_vision_data import MAX_CAPTION_TOKENS, DenseStream, PairBatch, PairStream, TileBatch
+from train_vision_data import MAX_CAPTION_TOKENS, WARMUP_KINDS, DenseStream, PairBatch, PairStream, TileBatch
 from trainer_lite import FitResult, LossSum, Progress, RunFolder, StopFlag, Trainer
 
 BACKGROUND_WEIGHT = 0.1
 """Weight of patches with nothing on them, which are most, against 1 for the others."""
 EDGE_WEIGHT = 5.0
+BLANK_WEIGHT = 0.3
+"""Weight of cells with nothing in them, as above."""
+WORD_WEIGHT = 5.0
 PLACE_WEIGHT = 0.3
 
 
+@dataclass(frozen=True)
+class Words:
+    """Embeddings of a language model: of the names of colours, forms and symbols, and of a sign that says nothing."""
+
+    kinds: tuple[Float[Tensor, "n width"], Float[Tensor, "n width"], Float[Tensor, "n width"]]
+    """Each without its id 0."""
+    blank: Float[Tensor, " width"]
+
+
 @torch.no_grad()
-def label_words(lm: Phi3, tokenizer: HFTokenizer) -> list[Float[Tensor, "n width"]]:
-    """The language model's own embeddings of the names of colours, forms and symbols, each kind without its id 0.
+def label_words(lm: Phi3, tokenizer: HFTokenizer) -> Words:
+    """The language model's own embeddings of the labels' names, as they stand in a text (behind a space).
 
-    A name is the mean over its tokens, with and without a space in front.
+    A name of several tokens is their mean.
     """
 
-    def embedded(name: str) -> Float[Tensor, " width"]:
-        spellings = (lm.embed(torch.tensor(tokenizer.encode(text))).mean(0) for text in (name, f" {name}"))
-        return torch.stack(tuple(spellings)).mean(0)
+    def embedded(text: str) -> Float[Tensor, " width"]:
+        return lm.embed(torch.tensor(tokenizer.encode(text))).mean(0)
 
-    return [torch.stack([embedded(name) for name in names]) for names in (COLOUR_NAMES, FORMS[1:], SYMBOLS)]
+    colours, forms, symbols = (
+        torch.stack([embedded(f" {name}") for name in names]) for names in (COLOUR_NAMES, FORMS[1:], SYMBOLS)
+    )
+    return Words((colours, forms, symbols), embedded(","))
 
 
-class WordScores(nn.Module):
-    """How near image tokens are to the words of each kind of label; nothing at all scores 0.
+class WordTargets(nn.Module):
+    """Where the two image tokens of a cell should lie: on the words for the colour and for the form drawn there.
 
-    score = SCALE · token · word / |word|² + bias, one learned bias a kind: the word itself scores SCALE + bias. A token
-    that scores so lies, as the language model sees it, where the words for what is drawn there lie.
+    So a language model that knows the words can read a picture as it reads a text. A printed symbol stands in the place
+    of the form; where there is nothing, both tokens are `blank`.
     """
 
-    SCALE = 10.0
-    directions: Tensor
+    colours: Float[Tensor, "n width"]
+    forms: Float[Tensor, "n width"]
+    symbols: Float[Tensor, "n width"]
 
-    def __init__(self, words: Sequence[Float[Tensor, "n width"]]) -> None:
+    def __init__(self, words: Words) -> None:
         super().__init__()
-        self.sizes = [len(kind) for kind in words]
-        joined = torch.cat(tuple(words))
-        self.register_buffer("directions", self.SCALE * joined / joined.square().sum(-1).mean())
-        self.bias = nn.Parameter(torch.zeros(len(words)))
+        for name, kind in zip(("colours", "forms", "symbols"), words.kinds, strict=True):
+            self.register_buffer(name, torch.cat((words.blank[None], kind)))
+        self.scale = torch.cat(words.kinds).square().sum(-1).mean().item()
 
-    def forward(self, tokens: Float[Tensor, "b n width"]) -> list[Float[Tensor, "b n _"]]:
-        """Scores of id 0, 1, 2 … of each kind."""
-        kinds = F.linear(tokens, self.directions).split(self.sizes, -1)
-        return [F.pad(scores + bias, (1, 0)) for scores, bias in zip(kinds, self.bias, strict=True)]
+    def forward(self, labels: Int64[Tensor, "b 3 n"], cells: int) -> tuple[Float[Tensor, "b c 2 width"], Tensor]:
+        """Mean over the labelled patches of each cell, row-major, and how many of its patches are labelled [b, c].
+
+        labels: of a square of patches; `cells`: their number along a side.
+        """
+        per = math.isqrt(labels.shape[-1]) // cells
+        in_cells = rearrange(labels, "b k (row r col c) -> b (row col) (r c) k", row=cells, r=per, col=cells, c=per)
+        colour, form, symbol = in_cells.clamp_min(0).unbind(-1)
+        named = torch.where((symbol > 0)[..., None], self.symbols[symbol], self.forms[form])
+        words = torch.stack((self.colours[colour], named), dim=-2)
+        is_on = (in_cells > 0).any(-1)
+        weight = torch.where(is_on.any(-1, keepdim=True), is_on, ~is_on).to(words)
+        return torch.einsum("bcp,bcpkd->bckd", weight / weight.sum(-1, keepdim=True), words), is_on.sum(-1)
+
+    def shares(self, tokens: Float[Tensor, "b c 2 width"], labels: Int64[Tensor, "b 3 n"]) -> dict[str, float]:
+        """Share of labelled patches whose cell's token is nearest to their own word, of all words of that kind."""
+        cells, side = math.isqrt(tokens.shape[1]), math.isqrt(labels.shape[-1])
+        shares: dict[str, float] = {}
+        for name, slot, words, truth in zip(
+            ("colour", "form", "symbol"),
+            (0, 1, 1),
+            (self.colours, self.forms, self.symbols),
+            labels.unbind(1),
+            strict=True,
+        ):
+            nearest = torch.cdist(tokens[:, :, slot], words).argmin(-1)
+            by_patch = repeat(nearest, "b (row col) -> b (row r col c)", row=cells, r=side // cells, c=side // cells)
+            shares[name] = float(((by_patch == truth) & (truth > 0)).sum() / (truth > 0).sum().clamp_min(1))
+        return shares
 
 
 class DenseObjective(nn.Module):
@@ -88,54 +128,64 @@ class DenseObjective(nn.Module):
 
     One head reads patch features. The other reads image tokens: token j answers for the patches of cell j, row-major,
     of the square division of the tile into as many cells as there are latents. With the `words` of a language model
-    that already knows them, an image token is also pulled towards the words for what is drawn in its cell.
+    that already knows them, no head reads image tokens: two stand for each cell, and are to be the words for what is
+    drawn there (`WordTargets`).
 
     Raises:
-        ValueError: the latents are no square number that divides the grid.
+        ValueError: the latents are no square number (with `words`, twice one) that divides the grid.
     """
 
-    def __init__(self, model: Blip3, words: Sequence[Float[Tensor, "n width"]] | None = None) -> None:
+    def __init__(self, model: Blip3, words: Words | None = None) -> None:
         super().__init__()
-        self.words = None if words is None else WordScores(words)
         side, num_latents = model.cfg.vision.grid_side, model.cfg.connector.num_latents
-        self.cells = math.isqrt(num_latents)
-        if self.cells**2 != num_latents or side % self.cells:
+        per_cell = 1 if words is None else 2
+        self.cells = math.isqrt(num_latents // per_cell)
+        if per_cell * self.cells**2 != num_latents or self.cells == 0 or side % self.cells:
             raise ValueError(
-                f"dense warm-up: expected a square number of latents whose root divides {side}, got {num_latents}; "
-                "change --model.connector.num-latents, or use the sigmoid objective"
+                f"dense warm-up: expected {'' if per_cell == 1 else 'twice '}a square number of latents whose root "
+                f"divides {side}, got {num_latents}; change connector.num-latents, or use the sigmoid objective"
             )
         self.vision, self.connector = model.vision_encoder, model.vision_tokenizer
         self.side = side
         self.sizes = (NUM_COLOURS, NUM_FORMS, NUM_SYMBOLS, 4)
         self.place_head = nn.Linear(model.cfg.vision.width, 2 * side)
         self.patch_head = nn.Linear(model.cfg.vision.width, sum(self.sizes))
-        self.token_head = nn.Linear(model.cfg.lm.width, (side // self.cells) ** 2 * sum(self.sizes))
+        outputs = (side // self.cells) ** 2 * sum(self.sizes)
+        self.words = None if words is None else WordTargets(words)
+        self.token_head = nn.Linear(model.cfg.lm.width, outputs) if words is None else None
 
     def loss(self, batch: TileBatch) -> LossSum:
         """Sum over the tiles; parts: share of labelled patches named rightly from image tokens, by kind of label."""
         features = self.vision(normalise(batch.pixels))
         image_tokens = self.connector(features, None)
-        tokens = rearrange(
-            self.token_head(image_tokens),
-            "b (row col) (r c out) -> b (row r col c) out",
-            row=self.cells,
-            r=self.side // self.cells,
-            c=self.side // self.cells,
-        )
+        token_loss, shares = self._token_loss(image_tokens, batch)
         places = torch.arange(self.side).expand(len(batch.pixels), self.side, self.side)
         rows, columns = self.place_head(features).chunk(2, dim=-1)
         place_loss = F.cross_entropy(rows.flatten(0, 1), places.mT.flatten())
         place_loss = place_loss + F.cross_entropy(columns.flatten(0, 1), places.flatten())
-        total, _ = self._label_loss(self.patch_head(features), batch)
-        token_loss, shares = self._label_loss(tokens, batch)
-        total = total + token_loss + PLACE_WEIGHT * place_loss
-        if self.words is not None:
-            per = self.side // self.cells
-            by_patch = repeat(image_tokens, "b (row col) d -> b (row r col c) d", row=self.cells, r=per, c=per)
-            word_loss, shares = _naming_loss(self.words(by_patch), batch.labels)
-            total = total + word_loss
+        patch_loss, _ = self._label_loss(self.patch_head(features), batch)
+        total = patch_loss + token_loss + PLACE_WEIGHT * place_loss
         parts = {name: share * batch.num_targets for name, share in shares.items()}
         return LossSum(total * batch.num_targets, batch.num_targets, parts)
+
+    def _token_loss(
+        self, image_tokens: Float[Tensor, "b l width"], batch: TileBatch
+    ) -> tuple[Tensor, dict[str, float]]:
+        if self.token_head is not None:
+            outputs = rearrange(
+                self.token_head(image_tokens),
+                "b (row col) (r c out) -> b (row r col c) out",
+                row=self.cells,
+                r=self.side // self.cells,
+                c=self.side // self.cells,
+            )
+            return self._label_loss(outputs, batch)
+        assert self.words is not None
+        by_cell = rearrange(image_tokens, "b (cell two) d -> b cell two d", two=2)
+        targets, num_labelled = self.words(batch.labels, self.cells)
+        errors = (by_cell - targets).square().sum(-1).mean(-1) / self.words.scale
+        weights = torch.where(num_labelled > 0, 1.0, BLANK_WEIGHT)
+        return WORD_WEIGHT * (errors * weights).sum() / weights.sum(), self.words.shares(by_cell.detach(), batch.labels)
 
     def _label_loss(self, outputs: Float[Tensor, "b n c"], batch: TileBatch) -> tuple[Tensor, dict[str, float]]:
         """Mean loss over labelled patches, and the share named rightly by kind of label."""
@@ -202,18 +252,19 @@ def warmup_trainer(
     progress: Progress,
     stop: StopFlag,
     name: str = "warmup",
-    words: Sequence[Float[Tensor, "n width"]] | None = None,
+    words: Words | None = None,
+    kinds: Sequence[PictureKind] = WARMUP_KINDS,
 ) -> Trainer[Any]:
     """Make the warm-up of the vision tower of `model` (with `dense`, of its connector too) ready for `fit_warmup`.
 
-    words: as of `DenseObjective`.
+    words: as of `DenseObjective`. kinds: of the pictures, in turn.
 
     Raises:
         ValueError: the model's sizes do not suit the objective.
     """
     objective: DenseObjective | SigmoidObjective
     if config.objective == "dense":
-        objective, stream = DenseObjective(model, words), DenseStream(config, model.cfg)
+        objective, stream = DenseObjective(model, words), DenseStream(config, model.cfg, kinds)
     else:
         objective, stream = SigmoidObjective(_pair_model(model.cfg)), PairStream(config, model.cfg, tokenizer)
     objective.requires_grad_(True)

@@ -1,7 +1,7 @@
 """Drawn pictures as batches for the vision warm-up: tiles with what lies under each patch, or captioned pictures."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from anyres_tiler import tile_image
 from blip3_lite import Blip3Config
 from phi3_lite import HFTokenizer
-from scene_world import DenseLabels, Picture, World, dense_labels
+from scene_world import DenseLabels, Picture, PictureKind, World, dense_labels
 from train_config import WarmupConfig
 
 MAX_CAPTION_TOKENS = 96
-_KINDS = ("scene", "crowd", "word", "page", "chart", "card", "word", "page", "page")
+WARMUP_KINDS: tuple[PictureKind, ...] = ("scene", "crowd", "word", "page", "chart", "card", "word", "page", "page")
+"""Pictures in turn; those with print more often."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,16 @@ def labelled_view(picture: Picture, model: Blip3Config, choice: int) -> tuple[Te
 
 
 class DenseStream(DrawnStream):
-    """Labelled views."""
+    """Labelled views of pictures of these kinds, in turn."""
 
-    def __init__(self, config: WarmupConfig, model: Blip3Config) -> None:
+    def __init__(self, config: WarmupConfig, model: Blip3Config, kinds: Sequence[PictureKind] = WARMUP_KINDS) -> None:
         super().__init__(config.world_samples, config.batch_size)
-        self.world, self.model = World(config.train.seed, "train"), model
+        self.world, self.model, self.kinds = World(config.train.seed, "train"), model, kinds
 
     def draw(self, index: int) -> Any:
         """Pixels and labels of one view."""
-        return labelled_view(self.world.picture(index, _KINDS[index % len(_KINDS)]), self.model, index // len(_KINDS))
+        choice, kind = divmod(index, len(self.kinds))
+        return labelled_view(self.world.picture(index, self.kinds[kind]), self.model, choice)
 
     def collate(self, ids: list[str], examples: list[Any]) -> TileBatch:
         """Stack them."""

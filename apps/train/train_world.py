@@ -21,9 +21,10 @@ QUESTION_ROUNDS = 3
 """Times that new questions are asked about the same picture before all repeats."""
 WORLD_STAGES = ("pretrain", "sft", "interleaved", "dpo", "safety")
 """Stages that the embedded world has samples for."""
-_KINDS: tuple[PictureKind, ...] = (
+QUESTION_KINDS: tuple[PictureKind, ...] = (
     "scene", "scene", "crowd", "word", "page", "chart", "scene", "word", "card", "crowd",
 )  # fmt: skip
+"""Pictures of captions and questions, in turn."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,17 @@ def preference_sample(preference: Preference, key: str) -> PreferenceSample:
 class Drawers:
     """How each kind of training sample is drawn from its index; the same picture has the same key everywhere."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, kinds: Sequence[PictureKind] = QUESTION_KINDS) -> None:
+        self.world, self.kinds = world, kinds
 
     def caption(self, index: int) -> AnySample:
         """One picture with its caption, told in several orders in turn."""
-        kind, number = _KINDS[index % len(_KINDS)], index // len(_KINDS)
+        number, kind = self._picture(index)
         return document_sample(self.world.caption(number, kind, number), f"{kind}/{number}")
+
+    def _picture(self, index: int) -> tuple[int, PictureKind]:
+        number, place = divmod(index, len(self.kinds))
+        return number, self.kinds[place]
 
     def document(self, index: int) -> AnySample:
         """Pictures with captions in reading order."""
@@ -112,8 +117,8 @@ class Drawers:
 
     def questions(self, index: int) -> AnySample:
         """Questions about one picture: those of the captions, asked anew in each round of `count`."""
-        variant, place = index % QUESTION_ROUNDS, index // QUESTION_ROUNDS
-        kind, number = _KINDS[place % len(_KINDS)], place // len(_KINDS)
+        place, variant = divmod(index, QUESTION_ROUNDS)
+        number, kind = self._picture(place)
         return conversation_sample(self.world.conversation(number, kind, variant=variant), f"{kind}/{number}")
 
     def group(self, index: int) -> AnySample:
@@ -129,13 +134,13 @@ class Drawers:
         return conversation_sample(self.world.safety(index), f"any-card/{index}")
 
 
-def stage_data(stage: str, count: int, seed: int) -> StageData:
-    """The mixture of one stage over about `count` pictures (or groups of pictures).
+def stage_data(stage: str, count: int, seed: int, kinds: Sequence[PictureKind] = QUESTION_KINDS) -> StageData:
+    """The mixture of one stage over about `count` pictures (or groups of pictures); `kinds`: of the single ones.
 
     Raises:
         ValueError: no such stage.
     """
-    drawers = Drawers(World(seed, "train"))
+    drawers = Drawers(World(seed, "train"), kinds)
     # Source → (how it is drawn, samples per picture, share of the samples).
     mixtures: dict[str, dict[str, tuple[Callable[[int], AnySample], int, float]]] = {
         "pretrain": {"captions": (drawers.caption, 1, 0.85), "documents": (drawers.document, 1, 0.15)},
@@ -150,7 +155,7 @@ def stage_data(stage: str, count: int, seed: int) -> StageData:
     if stage not in mixtures:
         raise ValueError(f"stage: expected one of {', '.join(mixtures)}, got {stage!r}; use one of them")
     sources = [
-        WorldSource(name, max(1, round(count * share)) * rounds, draw, version=f"seed {seed}")
+        WorldSource(name, max(1, round(count * share)) * rounds, draw, version=f"seed {seed} kinds {','.join(kinds)}")
         for name, (draw, rounds, share) in mixtures[stage].items()
     ]
     ratios = [share for *_, share in mixtures[stage].values()]

@@ -164,6 +164,8 @@ def test_a_stopped_demo_says_what_to_do_and_is_exit_130(train, toy_model, toy_fl
     assert "a warm-up cannot be continued" in capsys.readouterr().err
     assert train("sft", *toy_flags) == 130
     assert "continue with uv run apps/train sft --out runs/sft --resume" in capsys.readouterr().err
+    # No step, no report.
+    assert list(Path("runs").glob("*/report.html")) == []
 
 
 def test_report_lists_what_each_stage_left_out(repo_root: Path, tmp_path: Path, monkeypatch) -> None:
@@ -171,15 +173,17 @@ def test_report_lists_what_each_stage_left_out(repo_root: Path, tmp_path: Path, 
     from train_report import add_left_out
     from trainer_lite import Report, StepRecord
 
-    def record(stage: str, step: int, skipped: dict[str, int]) -> StepRecord:
+    def record(stage: str, step: int, skipped: dict[str, int], truncated: int = 0) -> StepRecord:
         figures = {"loss": 1.0, "loss_hex": "0x1p+0", "target_tokens": 1, "tokens_per_s": 1.0, "grad_norm": 1.0}
-        return StepRecord(stage=stage, step=step, lr=0.1, samples_digest="", skipped=skipped, **figures)
+        more = {"skipped": skipped, "truncated": truncated}
+        return StepRecord(stage=stage, step=step, lr=0.1, samples_digest="", **more, **figures)
 
     report = Report("t", "")
     add_left_out(report, [record("sft", 1, {})])
     report.write(tmp_path / "none.html")
     assert "Left out" not in (tmp_path / "none.html").read_text()
-    add_left_out(report, [record("sft", 1, {"too_long": 1}), record("sft", 2, {"too_long": 3}), record("dpo", 1, {})])
+    sft = [record("sft", 1, {"too_long": 1}), record("sft", 2, {"too_long": 3}, truncated=5)]
+    add_left_out(report, [*sft, record("dpo", 1, {})])
     report.write(tmp_path / "some.html")
     cells = re.findall(r"<t[dh](?: [^>]*)?>(.*?)</t[dh]>", (tmp_path / "some.html").read_text())
-    assert cells == ["stage", "reason", "number", "sft", "too_long", "3"]
+    assert cells == ["stage", "reason", "number", "sft", "too_long", "3", "stage", "samples", "sft", "5"]

@@ -12,7 +12,7 @@ from phi3_lite import ChatTemplate, Phi3, Phi3Config, load_lm, save_huggingface,
 TOY = [
     "--vision.width", "16", "--vision.num-layers", "1", "--vision.num-heads", "2", "--vision.mlp-width", "16",
     "--connector.dim", "16", "--connector.depth", "1", "--connector.num-heads", "1", "--connector.head-dim", "8",
-    "--connector.num-latents", "4", "--warmup.max-steps", "1", "--warmup.batch-size", "2", "--stage.max-steps", "2",
+    "--connector.num-latents", "8", "--warmup.max-steps", "1", "--warmup.batch-size", "2", "--stage.max-steps", "2",
 ]  # fmt: skip
 
 
@@ -38,6 +38,8 @@ def test_a_language_model_is_given_sight_and_asked_with_right_and_exchanged_pict
     assert len(right) == len(exchanged) == len(summary["right"]["skills"])
     assert summary["difference"] == pytest.approx((sum(right) - sum(exchanged)) / len(right))
     assert summary["low"] <= summary["difference"] <= summary["high"]
+    page = (tmp_path / "runs/smollm2/report.html").read_text()
+    assert "<th>right pictures</th><th>exchanged pictures</th>" in page
     loaded = load_model(tmp_path / "runs/smollm2/model")
     assert loaded.config.model.lm.vocab_size == 300
     # Adapters moved the language model; its embedding, which they leave alone, is the published one.
@@ -56,7 +58,7 @@ def test_a_missing_language_model_says_how_to_get_one(train, capsys):
 def test_a_stage_starts_from_a_tower_and_a_language_model(train, language, tmp_path):
     assert train("smollm2", "--language", str(language), "--eval-questions", "0", *TOY) == 0
     parts = ["--vision", "runs/smollm2/model", "--language", str(language)]
-    sizes = ["--model.connector.depth", "1", "--model.connector.num-latents", "4"]
+    sizes = ["--model.connector.depth", "1", "--model.connector.num-latents", "8"]
     assert train("sft", *parts, *sizes, "--max-steps", "1", "--trains", "vision_tokenizer") == 0
     before, after = (
         load_model(path).model for path in (tmp_path / "runs/smollm2/model", _newest(tmp_path / "runs/sft"))

@@ -174,6 +174,12 @@ def test_bad_samples_are_counted_and_fail_the_run_above_the_share(
     }
     assert train("sft", "--data", "strict.toml", "--out", "strict", *toy_flags) == 3
     assert "bad samples" in capsys.readouterr().err
+    # Cut instead, the long one is no skipped one.
+    assert train("sft", "--data", "lenient.toml", "--out", "cut", *toy_flags, "--too-long", "truncate-text") == 0
+    cut = _lines(tmp_path / "cut")[-1]
+    assert cut["skipped"].keys() == skipped.keys() - {"too_long"}
+    assert cut["truncated"] == skipped["too_long"]
+    assert f"  skipped {sum(cut['skipped'].values())} (" in capsys.readouterr().err
 
 
 def test_stage_can_start_from_a_demo_checkpoint(train, toy_demo: Path, tmp_path: Path, capsys) -> None:
@@ -182,6 +188,7 @@ def test_stage_can_start_from_a_demo_checkpoint(train, toy_demo: Path, tmp_path:
     said = capsys.readouterr()
     assert "overall" in said.out
     assert "linear_cross_entropy=" in said.err
+    assert "<h2>Accuracy on held-out questions</h2>" in (tmp_path / "runs/safety/report.html").read_text()
     assert load_model(tmp_path / "runs/safety/checkpoints/step-00000001").config.lora is not None
     # The demo, of the same seed, asked the same questions and let the model speak as long.
     theirs = [json.loads(line) for line in (toy_demo / "runs/demo/predictions/safety.jsonl").read_text().splitlines()]

@@ -1,10 +1,12 @@
 """`apps/train` under signals, with pictures, packing and a mixture: no place is lost, each end has its status."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -166,11 +168,44 @@ def test_sigterm_saves_exits_143_and_the_run_goes_on(
         assert train(*command, "--out", "mine") == 143
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "mine/checkpoints/step-00000003/MANIFEST.json").is_file()
+    assert "<h1>Run of sft</h1>" in (tmp_path / "mine/report.html").read_text()
     with monkeypatch.context() as patched:
         # The second one does not wait for a checkpoint.
         signal_at(patched, 4, signal.SIGTERM, signal.SIGTERM)
         assert train(*command, "--out", "mine", "--resume", "auto") == 143
     assert (tmp_path / "mine/checkpoints/latest").read_text() == "step-00000003\n"
+    assert train(*command, "--out", "mine", "--resume", "auto") == 0
+    assert course(tmp_path / "mine") == course(tmp_path / "whole")
+    assert len(course(tmp_path / "mine")) == 6
+
+
+def stall_at(monkeypatch, step: int, after_s: float) -> None:
+    """Stop this process's data workers, as a hanging disk would, when a step is made; some time later comes SIGTERM."""
+    from trainer_lite import MetricsLog
+
+    append = MetricsLog.append
+
+    def append_and_stall(self, record) -> None:
+        append(self, record)
+        if record.step == step:
+            for worker in multiprocessing.active_children():
+                os.kill(int(worker.pid or 0), signal.SIGSTOP)
+            threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    monkeypatch.setattr(MetricsLog, "append", append_and_stall)
+
+
+def test_sigterm_while_a_worker_stalls_saves_the_last_whole_step(
+    train, tmp_path: Path, command: list[str], monkeypatch, capsys
+) -> None:
+    """(T29): three batches a step, of which those made ahead come; controls: tests/interleave_data, /trainer_lite."""
+    command += ["--max-steps", "6", "--accumulation-steps", "3", "--checkpoint-every", "5"]
+    assert train(*command, "--out", "whole") == 0
+    with monkeypatch.context() as patched:
+        stall_at(patched, 3, after_s=0.5)
+        assert train(*command, "--out", "mine", "--num-workers", "1") == 143
+    assert "stopped at step 3; continue with" in capsys.readouterr().err
+    assert (tmp_path / "mine/checkpoints/step-00000003/MANIFEST.json").is_file()
     assert train(*command, "--out", "mine", "--resume", "auto") == 0
     assert course(tmp_path / "mine") == course(tmp_path / "whole")
     assert len(course(tmp_path / "mine")) == 6

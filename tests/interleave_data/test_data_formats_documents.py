@@ -269,7 +269,7 @@ def test_two_hundred_pictures_are_all_there_unopened_and_the_cut_is_counted(made
     short = Sample("short", "documents", (Turn("document", (TextPart("Words."),)),))
     source = InMemory("documents", [Sample("long", "documents", (turn,)), short])
     skips = SkipCounter(SkipLimits(max_share=1.0))
-    batches = list(islice(Stream([source], Counted(), PlanConfig(max_tokens=1600), skips=skips), 3))
+    batches = list(islice(Stream([source], Counted(), PlanConfig(max_tokens=1600, max_samples=5), skips=skips), 3))
     assert {length for batch in batches for length in batch.data} == {1}
     assert set(skips.by_reason()) == {"too_long"}
 

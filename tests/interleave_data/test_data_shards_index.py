@@ -1,10 +1,15 @@
 """Indexes beside shards: what they hold, that they are whole or absent, and that a changed shard is noticed."""
 
+import errno
+import fcntl
 import io
 import json
 import logging
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -545,3 +550,73 @@ def test_row_groups_that_are_kept_are_bounded_in_number_and_bytes(monkeypatch):
         get(number, num_bytes)
     # 2 drives out 1, the oldest; 3 alone is more than all may be, and still kept for its next row.
     assert reads == [0, 1, 2, 1, 3, 0]
+
+
+WRITER = """
+import os, signal, sys
+from interleave_data.containers import write_index
+if __name__ == "__main__":
+    path, how = sys.argv[1:]
+    def sync(descriptor):
+        # All is written and nothing has its name yet.
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("here", flush=True)
+        sys.stdin.readline()
+    os.fsync = sync
+    write_index(path)
+"""
+
+
+def indexer(path: Path, how: str) -> subprocess.Popen[str]:
+    """A process that is killed while it writes the index of a shard, or waits there for a line."""
+    script = path.with_name("writer.py")
+    script.write_text(WRITER)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(path), how]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_what_a_killed_indexer_left_is_gone_when_the_index_is_next_made(tmp_path):
+    shard = texts(tmp_path / "a.jsonl", ["one", "two"])
+    for _ in range(2):
+        with indexer(shard, "dies") as process:
+            assert process.wait(30) == -signal.SIGKILL
+        # Something was left, and the second one leaves nothing more.
+        assert len(list(tmp_path.glob("a.jsonl.*"))) == 1
+        assert not shard.with_name("a.jsonl.index").exists()
+    texts(shard, ["three"])
+    assert said(documents([shard]), 0) == "three"
+    assert [path.name for path in tmp_path.glob("a.jsonl.*")] == ["a.jsonl.index"]
+    index = make_index(str(shard))
+    assert ShardIndex.load(str(shard)).digest == index.digest
+
+
+def test_a_living_indexer_is_left_its_file(tmp_path):
+    shard = texts(tmp_path / "a.jsonl", ["one", "two"])
+    with indexer(shard, "waits") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        (left,) = (path for path in tmp_path.glob("a.jsonl.*"))
+        before = left.read_bytes()
+        containers_module.write_index(str(shard))
+        assert left.read_bytes() == before
+        index_file = shard.with_name("a.jsonl.index")
+        assert sorted(tmp_path.glob("a.jsonl.*")) == sorted([index_file, left])
+        assert index_file.read_bytes() == before
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait(30) == 0
+    assert list(tmp_path.glob("a.jsonl.*")) == [index_file]
+    assert index_file.read_bytes() == before
+
+
+def test_a_disk_without_locks_has_an_index_and_nothing_else(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    shard = texts(tmp_path / "a.jsonl", ["one"])
+    assert said(documents([shard]), 0) == "one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.index"]

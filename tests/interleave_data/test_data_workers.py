@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import pytest
 
-from interleave_data import PlanConfig, SkipCounter, SkipLimits, Stream, WorkerError
+from interleave_data import PlanConfig, SkipCounter, SkipLimits, StoppedWaiting, Stream, WorkerError
 
 PLAN = PlanConfig(max_tokens=90, ratios=(2.0, 1.0), seed=5, look_ahead=6)
 
@@ -156,6 +156,28 @@ def test_a_stalled_reader_is_named_after_the_timeout(parts, tmp_path: Path):
     with stalled(parts, tmp_path) as (data, pool):
         pool._timeout_s = 1.0
         check_stall_is_told(data, within_s=20.0)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_stalled_reader_keeps_nobody_from_stopping(parts, tmp_path: Path, is_asked: bool):
+    """(T29): a real signal while the worker stalls; the control, a wait in which nobody asks, ends by its timeout."""
+    wishes: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: wishes.append(number))
+    sender = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    try:
+        with stalled(parts, tmp_path) as (data, pool):
+            if is_asked:
+                data.stop_waiting_if(lambda: bool(wishes))
+            else:
+                pool._timeout_s = 1.5
+            sender.start()
+            with pytest.raises(StoppedWaiting if is_asked else WorkerError):
+                list(islice(data, 30))
+            assert wishes == [signal.SIGTERM]
+            assert not any(process.is_alive() for process in pool._processes)
+    finally:
+        sender.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_timeout_that_is_not_heeded_shows(parts, tmp_path: Path):

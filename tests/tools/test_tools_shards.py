@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from interleave_data import ImagePart, RecordSource, SourceConfig, load_data_file, open_source
+from interleave_data import (
+    ImagePart,
+    RecordSource,
+    SkipCounter,
+    SkipLimits,
+    SourceConfig,
+    load_data_file,
+    open_source,
+)
 
 ADDRESS = "https://example.com/cat.png"
 
@@ -46,6 +54,20 @@ def outline(sample) -> list[object]:
 
 def opened(path: object, fmt: str, root: Path | None = None, **more) -> RecordSource:
     return open_source(SourceConfig(name="s", format=fmt, path=str(path), image_root=root and str(root), **more))
+
+
+@pytest.fixture
+def index_here(repo_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """tools/index.py in this process, which has torch at hand already: arguments → what it prints."""
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    import index
+
+    def call(*args: object) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["index", *map(str, args)])
+        index.main()
+        return capsys.readouterr().out.splitlines()
+
+    return call
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -83,7 +105,7 @@ def test_index_refuses_what_it_cannot_do(repo_root: Path, tmp_path: Path) -> Non
 
 
 def test_index_measures_samples_exactly_for_a_checkpoint(
-    repo_root: Path, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
+    index_here, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
 ) -> None:
     from blip3_lite import save_model
 
@@ -97,9 +119,8 @@ def test_index_measures_samples_exactly_for_a_checkpoint(
     data_file = tmp_path / "data.toml"
     data_file.write_text('[[sources]]\nname = "s"\nformat = "obelics"\npath = "x.jsonl"\nimage_root = "pictures"\n')
     for num_bad in (1, 0):  # what is measured is not measured again
-        done = run(repo_root, "index", data_file, "--checkpoint", tmp_path / "model")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[1] == f"measured s: 3 samples, {num_bad} newly found that cannot be encoded"
+        told = index_here(data_file, "--checkpoint", tmp_path / "model")
+        assert told[1] == f"measured s: 3 samples, {num_bad} newly found that cannot be encoded"
     (cfg,) = load_data_file(data_file).sources
     source = open_source(cfg, lengths=tiny_processor.size_fingerprint)
     encoded = [tiny_processor.encode(source[n]) for n in (0, 2)]
@@ -109,7 +130,7 @@ def test_index_measures_samples_exactly_for_a_checkpoint(
 
 
 def test_lengths_are_those_that_a_run_asks_for(
-    repo_root: Path, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
+    index_here, tmp_path: Path, pictures: Path, tiny_model, tiny_processor
 ) -> None:
     """Under the data file's limits on pictures, and for pre-training's one view."""
     from blip3_lite import Processor, save_model
@@ -123,8 +144,8 @@ def test_lengths_are_those_that_a_run_asks_for(
         "[image_limits]\nmax_pixels = 500\n"
     )
     for views in ("tiles", "base"):
-        done = run(repo_root, "index", data_file, "--checkpoint", tmp_path / "model", "--views", views)
-        assert done.returncode == 0, done.stderr
+        told = index_here(data_file, "--checkpoint", tmp_path / "model", "--views", views)
+        assert told[1].startswith("measured s: 1 samples")
     loaded = load_data_file(data_file)
     for cfg in (tiny_processor.cfg, tiny_processor.cfg.with_base_views()):
         processor = Processor(cfg, tiny_processor.tokenizer, loaded.image_limits)
@@ -249,3 +270,33 @@ def test_packing_names_what_it_cannot_write(repo_root: Path, tmp_path: Path, pic
     done = run(repo_root, "pack_shards", pictures, tmp_path / "file" / "out")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "Not a directory" in done.stderr
+
+
+def test_packing_leaves_out_and_names_what_would_not_be_read(repo_root: Path, tmp_path: Path) -> None:
+    """To the byte: the longest record that is read is written, and reads as it did."""
+    overhead = len('{"text":""}')
+    lengths = [1, (4 << 20) - overhead + 1, (4 << 20) - overhead]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in lengths))
+    done = run(repo_root, "pack_shards", tmp_path / "x.jsonl", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"2 samples in 1 shards, in {tmp_path / 'out'}", "left out: too_many_bytes 1"]
+    assert "x.jsonl:1: too_many_bytes: expected a .json member of at most 4194304 bytes, got 4194305" in done.stderr
+    before, after = opened(tmp_path / "x.jsonl", "text"), opened(tmp_path / "out/*.tar", "text")
+    assert [outline(after[n]) for n in range(2)] == [outline(before[n]) for n in (0, 2)]
+
+
+def test_packing_a_folder_leaves_out_and_names_what_would_not_be_read(tmp_path: Path, repo_root: Path, monkeypatch):
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    from pack_shards import folder_samples
+
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(png(1))
+    (tmp_path / "a.txt").write_text("fine")
+    for name, num_bytes in (("b.txt", (4 << 20) + 1), ("c.png", (64 << 20) + 1)):
+        with (tmp_path / name).open("r+b" if name == "c.png" else "wb") as file:
+            file.truncate(num_bytes)
+    left_out: list[str] = []
+    skips = SkipCounter(SkipLimits(max_share=1, max_consecutive=9), on_skip=lambda _, skip: left_out.append(str(skip)))
+    assert [name for name, _ in folder_samples(tmp_path, skips)] == [str(tmp_path / "a.png")]
+    assert [text.partition(":")[0] for text in left_out] == [str(tmp_path / f"{name}.png") for name in "bc"]
+    assert skips.by_reason() == {"too_many_bytes": 2}

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import os
+import signal
 from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import save as save_tensors
 
+import trainer_lite.loop
 import trainer_lite.train_state
 from blip3_lite import CheckpointError, write_folder
-from interleave_data import SkipReason, SkipSample, TooManySkips
+from interleave_data import SkipReason, SkipSample, StoppedWaiting, TooManySkips
 from trainer_lite import OptimizerConfig, Optimizers, RunFolder, ScheduleConfig, TrainConfig
 
 STEPS, CUT = 20, 10
@@ -302,3 +305,42 @@ def test_samples_left_out_are_written_down_with_their_step_and_forgotten_with_it
     second = tiny.trainer(cfg, stream=Naming(), run=run, with_files=True)
     second.resume(run.find_checkpoint().path)
     assert [json.loads(line)["step"] for line in run.skips.path.read_text().splitlines()] == [1, 2]
+
+
+def stalling(tiny, stall_at: int):
+    """A stream whose batch of that number never comes; a signal does."""
+
+    class Stalling(tiny.stream):
+        def stop_waiting_if(self, should_stop) -> None:
+            self.should_stop = should_stop
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield batch
+                if self.num_batches == stall_at:
+                    assert not self.should_stop()
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    assert self.should_stop()
+                    raise StoppedWaiting("the next one")
+
+    return Stalling((3, 2))
+
+
+@pytest.mark.parametrize("omitted", ["nothing", "random states", "stream"])
+def test_a_stop_while_data_are_waited_for_forgets_the_step_at_hand(tiny, tmp_path, monkeypatch, omitted):
+    """(T29): two batches a step, of which one had come; the controls do not go back behind it."""
+    whole = uninterrupted(tiny, tmp_path / "whole")
+    run = RunFolder.create(tmp_path / "cut", {})
+    stream = stalling(tiny, stall_at=2 * CUT + 1)
+    trainer = tiny.trainer(config(), stream=stream, run=run, with_files=True, stage="sft")
+    with monkeypatch.context() as patched:
+        if omitted == "random states":
+            patched.setattr(trainer_lite.loop, "set_rng_state", lambda states: None)
+        if omitted == "stream":
+            patched.setattr(tiny.stream, "load_state_dict", lambda self, state: None)
+        result = trainer.fit()
+    assert (result.reason, result.counters.step, trainer.stop.reason) == ("stopped", CUT, "SIGTERM")
+    assert result.checkpoint == run.checkpoints_path / f"step-{CUT:08d}"
+    resumed(tiny, run).fit()
+    assert (trajectory(run) == whole) == (omitted == "nothing")
+    assert len(trajectory(run)) == STEPS

@@ -211,3 +211,17 @@ def test_progress_without_a_terminal_writes_lines_only(tiny):
         r"sft +3/7  loss \d\.\d{4}  absolute \d\.\d{4}  lr \d\.\d\de-\d\d  grad \d+\.\d{3}  [\d.]+k? tok/s  skipped 1 "
     )
     assert re.match(pattern + r"\(broken_image 1\)$", lines[0])
+
+
+def test_a_sample_that_was_cut_is_no_skipped_one(tiny, tmp_path):
+    class Cutting(tiny.stream):
+        num_truncated = 2
+
+    out, run = io.StringIO(), RunFolder.create(tmp_path / "run", {})
+    more = {"progress": TqdmProgress(out), "stage": "sft", "run": run}
+    tiny.trainer(TrainConfig(max_steps=3, log_every=1), stream=Cutting(), **more).fit()
+    ends = [line.partition("tok/s")[2] for line in out.getvalue().splitlines()]
+    assert ends == ["  truncated 2", "  truncated 2", "  skipped 1 (broken_image 1)  truncated 2"]
+    assert [(line.skipped, line.truncated) for line in read_metrics(run.metrics.path)] == [
+        ({}, 2), ({}, 2), ({"broken_image": 1}, 2),
+    ]  # fmt: skip

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import SkipCounter as SkipCounter
     from .errors import SkipReason as SkipReason
     from .errors import SkipSample as SkipSample
+    from .errors import StoppedWaiting as StoppedWaiting
     from .errors import TooManySkips as TooManySkips
     from .errors import WorkerError as WorkerError
     from .images import open_image as open_image
@@ -76,6 +77,7 @@ __all__ = [
     "SkipSample",
     "Source",
     "SourceConfig",
+    "StoppedWaiting",
     "Stream",
     "TextPart",
     "TooManySkips",
@@ -120,6 +122,7 @@ _HOMES = {
     "SkipSample": "errors",
     "Source": "sources",
     "SourceConfig": "config",
+    "StoppedWaiting": "errors",
     "Stream": "stream",
     "TextPart": "samples",
     "TooManySkips": "errors",

@@ -68,6 +68,10 @@ class WorkerError(RuntimeError):
     """A worker process that died, stalled, or met an error of the program."""
 
 
+class StoppedWaiting(Exception):  # noqa: N818  (a wish that was heeded, not an error)
+    """Somebody wanted to stop while a pack was waited for; nothing of that pack has been consumed."""
+
+
 class TooManySkips(RuntimeError):  # noqa: N818  (says what happened)
     """More bad samples than the run's limits allow."""
 

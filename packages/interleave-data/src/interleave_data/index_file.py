@@ -3,12 +3,16 @@
 The layout is that of safetensors: 8 bytes with the length of a JSON header, the header, then the arrays, little-endian
 and back to back in the header's order. `SHARD.index` holds the table of a shard, `SHARD.lengths-FINGERPRINT` what its
 samples come to in tokens and tiles. Both are written under a temporary name, synced and renamed, so that a reader
-finds a whole file or none. Those of an object that is not on this disk lie in the cache folder (`places.local_place`).
+finds a whole file or none. Whoever writes holds a lock on the temporary file; what a killed writer left there is
+without one, and is the next writer's to write over. Those of an object that is not on this disk lie in the cache folder
+(`places.local_place`).
 """
 
+import fcntl
 import mmap
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal, NamedTuple, cast
@@ -53,21 +57,49 @@ def write_arrays(path: str, metadata: Mapping[str, str], arrays: Arrays, written
     encoded = msgspec.json.encode(header)
     # Padded to whole words, so that the arrays of 8-byte numbers that come first lie on such borders.
     encoded += b" " * (-len(encoded) % 8)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
+    temporary, descriptor = _open_temporary(path)
+    # Open, and so locked, until it has its name.
+    with os.fdopen(descriptor, "wb") as file:
+        try:
             file.write(len(encoded).to_bytes(8, "little") + encoded)
             for array in arrays.values():
                 file.write(np.ascontiguousarray(array).data)
             file.flush()
             os.fsync(file.fileno())
-        if written_at_ns is not None:
-            os.utime(temporary, ns=(written_at_ns, written_at_ns))
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+            if written_at_ns is not None:
+                os.utime(temporary, ns=(written_at_ns, written_at_ns))
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+def _open_temporary(path: str) -> tuple[str, int]:
+    """Open an empty file to write into, and lock it: one name for all writers, so that none leaves a file for good.
+
+    Where a living one has it, or the disk knows no locks, it is a file of this process's own.
+    """
+    shared, flags = f"{path}.tmp", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+    descriptor = -1
+    with suppress(OSError):
+        descriptor = os.open(shared, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Its writer is alive.
+            raise
+        except OSError:
+            os.unlink(shared)
+            raise
+        # Between the two it may have got its name, or have been unlinked.
+        if os.path.samestat(os.fstat(descriptor), os.stat(shared)):
+            os.ftruncate(descriptor, 0)
+            return shared, descriptor
+    if descriptor >= 0:
+        os.close(descriptor)
+    own = f"{path}.{os.getpid()}.tmp"
+    return own, os.open(own, flags | os.O_TRUNC, 0o666)
 
 
 def read_metadata(path: str) -> dict[str, str]:

@@ -117,6 +117,8 @@ class RecordSource:
             self._paths.append(path)
             self._headers.append(header)
         self._names = _shard_names(self._paths)
+        self.shards = {name: header.digest for name, header in zip(self._names, self._headers, strict=True)}
+        """Digest of each shard by its name, in order."""
         self._ends = np.cumsum([header.num_samples for header in self._headers], dtype=np.int64)
         self._open: OrderedDict[int, tuple[Shard, Lengths | None]] = OrderedDict()
         self._groups = RowGroups()
@@ -161,11 +163,6 @@ class RecordSource:
         """From now on take sizes from what this measured, where it has (see `measure`)."""
         self._lengths = _lengths_fingerprint(measured_by, self._settings)
         self._open.clear()
-
-    @property
-    def shards(self) -> dict[str, str]:
-        """Digest of each shard by its name, in order."""
-        return {name: header.digest for name, header in zip(self._names, self._headers, strict=True)}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

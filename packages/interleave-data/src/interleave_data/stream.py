@@ -9,7 +9,7 @@ settings are compared with those it was saved with.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, cast
 
@@ -83,6 +83,7 @@ class Stream(Generic[Encoded, Packed]):
         """Seconds that `next` has waited for packs so far; without workers, those that it took to make them."""
         self._consumed: Mapping[str, object] = self._maker.plan.state_dict()
         self._packs: Iterator[Made[Packed]] | None = None
+        self._should_stop: Callable[[], bool] = lambda: False
 
     def __iter__(self) -> "Stream[Encoded, Packed]":
         return self
@@ -94,6 +95,7 @@ class Stream(Generic[Encoded, Packed]):
             TooManySkips: a source is worse than the limits allow.
             DataError: a shard is not what it was, or a sample is too long where that is an error.
             WorkerError: a worker died or lets us wait for too long.
+            StoppedWaiting: see `stop_waiting_if`.
         """
         while True:
             made = self._next_made()
@@ -115,6 +117,13 @@ class Stream(Generic[Encoded, Packed]):
         """Let workers begin before the first batch is asked for; without workers there is nothing to start."""
         if self._packs is None and self._num_workers > 0:
             self._packs = self._start()
+
+    def stop_waiting_if(self, should_stop: Callable[[], bool]) -> None:
+        """From now on ask this while a worker lets us wait; once it says so, `next` raises `StoppedWaiting`.
+
+        A pack that is there is given out all the same. Without workers there is no wait in which it could be asked.
+        """
+        self._should_stop = should_stop
 
     def __enter__(self) -> "Stream[Encoded, Packed]":
         return self
@@ -188,7 +197,8 @@ class Stream(Generic[Encoded, Packed]):
     def _start(self) -> Iterator[Made[Packed]]:
         if self._num_workers == 0:
             return self._maker.make(self._consumed)
-        return WorkerPool(self._maker, self._consumed, self._num_workers, self._timeout_s)
+        # Workers may be at work before anybody says when to stop.
+        return WorkerPool(self._maker, self._consumed, self._num_workers, self._timeout_s, lambda: self._should_stop())
 
 
 def _saved_shards(state: Mapping[str, object]) -> Mapping[str, Mapping[str, str]]:

@@ -14,7 +14,7 @@ import re
 import tarfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar, cast
@@ -52,6 +52,20 @@ _MAX_PICTURE_BYTES = 1 << 26
 _ANY_PICTURE = ImageLimits(max_pixels=89_478_485, max_bytes=_MAX_PICTURE_BYTES)
 _MAX_MEMBER_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 20
+
+
+def check_members(members: Iterable[tuple[str, int]]) -> None:
+    """Say before they are written that members would not be read; `members`: (suffix, bytes) of one sample's.
+
+    Raises:
+        SkipSample: one is larger than any of its kind that is read.
+    """
+    for suffix, num_bytes in members:
+        is_picture = _CODES[suffix.rpartition(".")[2]] >= _FIRST_PICTURE
+        most = _MAX_PICTURE_BYTES if is_picture else _MAX_TEXT_BYTES
+        if num_bytes > most:
+            detail = f"expected a .{suffix} member of at most {most} bytes, got {num_bytes}"
+            raise SkipSample(SkipReason.TOO_MANY_BYTES, detail)
 
 
 def index_tar(path: str, on_bytes: Callable[[int], object] | None = None) -> ShardIndex:

@@ -1,10 +1,11 @@
 """Processes that make packs ahead of the step, in order.
 
 Each worker computes the whole plan and makes every n-th pack of it, so nothing has to be handed out; it may be two
-packs ahead of what has been consumed, no further. Messages go through pipes: a head in MessagePack, then the bytes of
-each array as they lie in memory. There is no shared memory that a killed process could leave behind, and a worker
-whose pipe ends (its parent is gone, however it went) ends itself. Workers start afresh (`spawn`), take no notice of
-Ctrl-C and SIGTERM, which are their parent's to handle, and are killed when the parent closes them or exits.
+packs ahead of what has been consumed, no further. Messages go through pipes: the length of a head in MessagePack, the
+head, then the bytes of each array as they lie in memory; whoever waits for any part of one can give up. There is no
+shared memory that a killed process could leave behind, and a worker whose pipe ends (its parent is gone, however it
+went) ends itself. Workers start afresh (`spawn`), take no notice of Ctrl-C and SIGTERM, which are their parent's to
+handle, and are killed when the parent closes them or exits.
 """
 
 import atexit
@@ -15,8 +16,9 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Generic, cast
 
@@ -24,7 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DataError, SkipReason, WorkerError
+from .errors import DataError, SkipReason, StoppedWaiting, WorkerError
 from .making import Encoded, Event, Made, Maker, Packed, Retried
 from .plan import Hole
 from .samples import Size
@@ -32,7 +34,10 @@ from .samples import Size
 _PACKS_AHEAD = 2
 """Packs that a worker may have made, or be making, and nobody has consumed."""
 _ANSWER_S = 5.0
-"""How long a worker that lets us wait has to say what it is reading."""
+"""How long a worker that lets us wait has to say what it is reading, and one that was killed to be gone."""
+_GLANCE_S = 0.2
+"""How often whoever waits asks whether to go on: a wait in the system goes on behind a signal's handler."""
+_LENGTH_BYTES = 8
 _ARRAY = 1
 _ONE_MORE, _WHERE = b"+", b"?"
 
@@ -83,19 +88,14 @@ def _send(connection: Connection, lock: threading.Lock, kind: str, body: object)
     raw = msgspec.Raw(msgspec.msgpack.encode(body, enc_hook=hook))
     head = msgspec.msgpack.encode(_Message(kind, raw, [array.nbytes for array in arrays]))
     with lock:
-        connection.send_bytes(head)
+        _write(connection, memoryview(len(head).to_bytes(_LENGTH_BYTES, "little") + head))
         for array in arrays:
-            if array.nbytes:
-                connection.send_bytes(array.reshape(-1).view(np.uint8).data)
+            _write(connection, array.reshape(-1).view(np.uint8).data)
 
 
-def _receive(connection: Connection) -> tuple[_Message, list[bytearray]]:
-    message = msgspec.msgpack.decode(connection.recv_bytes(), type=_Message)
-    buffers = [bytearray(size) for size in message.sizes]
-    for buffer in buffers:
-        if buffer:
-            connection.recv_bytes_into(buffer)
-    return message, buffers
+def _write(connection: Connection, data: memoryview) -> None:
+    while data:
+        data = data[os.write(connection.fileno(), data) :]
 
 
 def _body_of(made: Made[Any]) -> _Body:
@@ -156,11 +156,16 @@ class WorkerPool(Generic[Encoded, Packed]):
     """
 
     def __init__(
-        self, maker: Maker[Encoded, Packed], state: Mapping[str, object], num_workers: int, timeout_s: float
+        self,
+        maker: Maker[Encoded, Packed],
+        state: Mapping[str, object],
+        num_workers: int,
+        timeout_s: float,
+        should_stop: Callable[[], bool],
     ) -> None:
-        """Start the processes. `timeout_s`: longest wait for one pack."""
+        """Start the processes. `timeout_s`: longest wait for one pack; `should_stop` is asked while it lasts."""
         context = multiprocessing.get_context("spawn")
-        self._timeout_s = timeout_s
+        self._timeout_s, self._should_stop = timeout_s, should_stop
         self._turn = 0
         self._connections: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
@@ -188,6 +193,7 @@ class WorkerPool(Generic[Encoded, Packed]):
 
         Raises:
             WorkerError: the worker has died, met an error of the program, or lets us wait for longer than allowed.
+            StoppedWaiting: the pack is not there, and `should_stop` says so.
             DataError, ValueError: what a worker raised as such.
         """
         worker = self._turn % len(self._connections)
@@ -210,21 +216,23 @@ class WorkerPool(Generic[Encoded, Packed]):
         atexit.unregister(self.close)
         for process in self._processes:
             process.kill()
+        deadline_s = time.monotonic() + _ANSWER_S
         for process in self._processes:
-            process.join()
+            # One that hangs in a disk's driver is gone only when that answers; what waits behind us must not.
+            process.join(max(0.0, deadline_s - time.monotonic()))
         for connection in self._connections:
             connection.close()
 
     def _message(self, worker: int) -> tuple[_Message, list[bytearray]]:
         connection = self._connections[worker]
-        if connection.poll(self._timeout_s):
-            message, buffers = _receive(connection)
+        if self._has_come(connection, self._timeout_s):
+            message, buffers = self._receive(worker)
             # A late answer to a question from before.
             return self._message(worker) if message.kind == "reading" else (message, buffers)
         connection.send_bytes(_WHERE)
         reading = "nothing that it could name"
-        if connection.poll(_ANSWER_S):
-            message, buffers = _receive(connection)
+        if self._has_come(connection, _ANSWER_S):
+            message, buffers = self._receive(worker)
             if message.kind != "reading":
                 return message, buffers
             reading = msgspec.msgpack.decode(message.body, type=str)
@@ -232,6 +240,42 @@ class WorkerPool(Generic[Encoded, Packed]):
             f"data worker {worker}: expected pack {self._turn} from here within {self._timeout_s:g} s, got none; it is "
             f"reading {reading or 'nothing yet'}; check that file and its disk, or raise data_timeout_s"
         )
+
+    def _receive(self, worker: int) -> tuple[_Message, list[bytearray]]:
+        """Read a message that has begun to come."""
+        connection = self._connections[worker]
+
+        def read(num_bytes: int) -> bytearray:
+            buffer = bytearray(num_bytes)
+            left = memoryview(buffer)
+            while left:
+                if not self._has_come(connection, self._timeout_s):
+                    raise WorkerError(
+                        f"data worker {worker}: expected all of pack {self._turn} from here within "
+                        f"{self._timeout_s:g} s, got a part; see whether it was suspended, and resume the run"
+                    )
+                num_read = os.readv(connection.fileno(), [left])
+                if num_read == 0:
+                    raise EOFError
+                left = left[num_read:]
+            return buffer
+
+        message = msgspec.msgpack.decode(read(int.from_bytes(read(_LENGTH_BYTES), "little")), type=_Message)
+        return message, [read(size) for size in message.sizes]
+
+    def _has_come(self, connection: Connection, within_s: float) -> bool:
+        """Wait until something has come, for so long at most.
+
+        Raises:
+            StoppedWaiting: nothing has yet, and somebody wants to stop.
+        """
+        deadline_s = time.monotonic() + within_s
+        while not connection.poll(max(0.0, min(_GLANCE_S, deadline_s - time.monotonic()))):
+            if self._should_stop():
+                raise StoppedWaiting(f"pack {self._turn} from here was waited for")
+            if time.monotonic() >= deadline_s:
+                return False
+        return True
 
     def _died(self, worker: int) -> WorkerError:
         process = self._processes[worker]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .contract import ModelFiles as ModelFiles
     from .contract import NamesSkips as NamesSkips
     from .contract import StepModel as StepModel
+    from .contract import StopsWaiting as StopsWaiting
     from .contract import Stream as Stream
     from .contract import TellsChanges as TellsChanges
     from .loop import FitResult as FitResult
@@ -67,6 +68,7 @@ _HOMES = {
     "StepModel": "contract",
     "StepRecord": "metrics",
     "StopFlag": "stop",
+    "StopsWaiting": "contract",
     "Stream": "contract",
     "TellsChanges": "contract",
     "TqdmProgress": "progress",
@@ -106,6 +108,7 @@ __all__ = [
     "StepModel",
     "StepRecord",
     "StopFlag",
+    "StopsWaiting",
     "Stream",
     "TellsChanges",
     "TqdmProgress",

@@ -64,8 +64,8 @@ class StepModel(Protocol[BatchT_contra]):
 class Stream(Protocol[BatchT_co]):
     """Batches in an order that can be continued: its state is small and speaks of consumed, not prefetched, batches.
 
-    One that counts the seconds its iteration has waited for data, in an attribute `waited_s`, finds them in the log; so
-    does one that counts what it had to read again, by source, in an attribute `read_again`.
+    One that counts the seconds its iteration has waited for data (`waited_s`), the samples that it kept but cut
+    (`num_truncated`), or what it had to read again, by source (`read_again`), finds them in the log.
     """
 
     @property
@@ -101,6 +101,15 @@ class NamesSkips(Protocol):
 
     def take_skips(self) -> Sequence[tuple[str, SkipSample]]:
         """(source, reason and place) of each sample left out since this was last asked."""
+        ...
+
+
+@runtime_checkable
+class StopsWaiting(Protocol):
+    """A stream whose iteration can be called off while it waits for data."""
+
+    def stop_waiting_if(self, should_stop: Callable[[], bool]) -> None:
+        """From now on raise `interleave_data.StoppedWaiting` instead of waiting on, once `should_stop` says so."""
         ...
 
 

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from blip3_lite import read_manifest
-from interleave_data import samples_digest
+from interleave_data import StoppedWaiting, samples_digest
 
 from .background import BackgroundSave
 from .config import TrainConfig
-from .contract import BatchT, ModelFiles, NamesSkips, StepModel, Stream, TellsChanges
+from .contract import BatchT, ModelFiles, NamesSkips, StepModel, StopsWaiting, Stream, TellsChanges
 from .guards import LeftOut, StepLog, is_spike, left_out, with_loss
 from .metrics import StepRecord, format_count, format_record
 from .optimizer import Optimizers
@@ -47,6 +47,8 @@ from .train_state import (
     load_tensors,
     parameter_differences,
     read_state,
+    rng_state,
+    set_rng_state,
     state_keys,
     state_writers,
 )
@@ -165,6 +167,9 @@ class Trainer(Generic[BatchT]):
     def fit(self) -> FitResult:
         """Train until max_steps, the end of the stream, or a wish to stop; save at the end if a step has been made.
 
+        A wish to stop lets the step at hand end, but not wait for data where the stream `StopsWaiting`: then that step
+        is forgotten, down to its draws of samples and random numbers.
+
         Raises:
             NonFiniteError: max_nonfinite_steps steps in a row were not finite.
             SaveError: a checkpoint could not be written: the last one, or one on the way under `on_save_error="stop"`.
@@ -175,6 +180,10 @@ class Trainer(Generic[BatchT]):
             torch.manual_seed(cfg.seed)  # pyright: ignore[reportUnknownMemberType]
         reason: Literal["max_steps", "stream_end", "stopped"] = "max_steps"
         record: StepRecord | None = None
+        if isinstance(self.stream, StopsWaiting):
+            stop = self.stop
+            # Of the flag alone: a stream that knew the trainer would keep both, and the run's lock, past their end.
+            self.stream.stop_waiting_if(lambda: stop.is_set)
         batches = iter(self.stream)
         self.progress.start(self.stage, cfg.max_steps, self.counters.step)
         try:
@@ -183,7 +192,12 @@ class Trainer(Generic[BatchT]):
                     if self.stop.is_set:
                         reason = "stopped"
                         break
-                    if (next_record := self._step(batches)) is None:
+                    try:
+                        next_record = self._step(batches)
+                    except StoppedWaiting:
+                        reason = "stopped"
+                        break
+                    if next_record is None:
                         reason = "stream_end"
                         break
                     record = next_record
@@ -206,14 +220,25 @@ class Trainer(Generic[BatchT]):
         return FitResult(reason, msgspec.structs.replace(self.counters), record, checkpoint)
 
     def _step(self, batches: Iterator[BatchT]) -> StepRecord | None:
-        """Make one step and log it; None if the stream has ended."""
+        """Make one step and log it; None if the stream has ended.
+
+        Raises:
+            StoppedWaiting: data were waited for when somebody wanted to stop; the step has not been begun.
+        """
         cfg, counters = self.cfg, self.counters
         start_s = time.perf_counter()
 
         waited_s = self._waited_s
         self.optimizers.zero_grad()
+        # Of the accumulation window some batches may have been consumed when the next one is not waited for any more.
+        begun = (self.stream.state_dict(), rng_state()) if isinstance(self.stream, StopsWaiting) else None
         try:
             update = self._gather(batches)
+        except StoppedWaiting:
+            if begun is not None:
+                self.stream.load_state_dict(begun[0])
+                set_rng_state(begun[1])
+            raise
         finally:
             # Also where there are too many of them.
             self._note_skips()
@@ -253,6 +278,7 @@ class Trainer(Generic[BatchT]):
             lr=cfg.optimizer.learning_rate * factor,
             samples_digest=samples_digest(update.sample_ids),
             skipped={**self.stream.skipped, **counters.skipped_updates},
+            truncated=getattr(self.stream, "num_truncated", 0),
             data_wait=(self._waited_s - waited_s) / elapsed_s,
             read_again=dict(getattr(self.stream, "read_again", {})),
             parts={name: value / update.num_targets for name, value in update.parts.items()},

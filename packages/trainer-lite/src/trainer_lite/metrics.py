@@ -31,6 +31,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`interleave_data.samples_digest` of the ids in the order in which the model saw them."""
     skipped: dict[str, int]
     """Left out so far in this stage, by reason: samples, and whole updates (see `guards.LeftOut`)."""
+    truncated: int = 0
+    """Samples kept so far in this stage, but cut to fit, if the stream counts them; none is among the skipped."""
     data_wait: float = 0.0
     """Share of this step's wall clock that went into waiting for data, if the stream counts it."""
     read_again: dict[str, int] = {}
@@ -58,6 +60,8 @@ def format_record(record: StepRecord, max_steps: int) -> str:
     if record.skipped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(record.skipped.items()))
         cells.append(f"skipped {sum(record.skipped.values())} ({reasons})")
+    if record.truncated:
+        cells.append(f"truncated {record.truncated}")
     if record.read_again:
         sources = ", ".join(f"{source} {count}" for source, count in sorted(record.read_again.items()))
         cells.append(f"read again {sum(record.read_again.values())} ({sources})")

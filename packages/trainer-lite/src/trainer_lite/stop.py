@@ -1,4 +1,4 @@
-"""Stopping in order: a signal sets a flag, the loop finishes its step, saves and returns."""
+"""Stopping in order: a signal sets a flag, the loop finishes its step or gives up waiting for it, saves and returns."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopFlag:
-    """A wish to stop, set by a signal or by hand; the loop looks at it after each step."""
+    """A wish to stop, set by a signal or by hand; the loop looks at it after each step, and while it waits for data."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
