@@ -31,7 +31,6 @@ import platform
 import queue
 import socket
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -413,9 +412,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
             row for row in old if (row["world_size"], row["weights"], row["stage"], row["model"]) not in done
         ] + rows
     rows = sorted(rows, key=lambda row: (row["model"], row["weights"], row["stage"], row["world_size"]))
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps({"machine": machine, "rows": rows}) + "\n")
-    Path(file.name).replace(path)
+    path.write_text(json.dumps({"machine": machine, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":
