@@ -395,8 +395,9 @@ def main(argv: list[str]) -> int:
                     }
                     rows.append(compare(case, run_case(case)))
                     _say(rows[-1])
-    if args.out is not None:
-        _write(args.out, rows)
+                    # At once, as a later case can fail.
+                    if args.out is not None:
+                        _write(args.out, rows)
     worst = max(abs(row[name]) for row in rows for name in ("off_before_step", "off_between_steps"))
     print(f"furthest off: {worst:.1%}")
     return int(worst > MOST_OFF)

@@ -81,8 +81,8 @@ class Sharding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Masters, moments and their gradients in the host's memory; from stage 1 on."""
     offloads_parameters: bool = False
     """Weights in the host's memory until they are needed; at stage 3."""
-    bucket_numbers: int = 500_000_000
-    """Gradients that are sent together [reduce_bucket_size]; their place is of this size, however few there are."""
+    bucket_numbers: int = 1 << 26
+    """Gradients sent together, in a place of this size however few there are [reduce_bucket_size]."""
     live_numbers: int = 1_000_000_000
     """Most weights that stage 3 keeps gathered at a time [stage3_max_live_parameters, stage3_max_reuse_distance]."""
     persistent_numbers: int = 100_000
