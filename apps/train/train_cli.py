@@ -6,6 +6,7 @@ train --config runs/x/config.json --max-steps 50
 train --out runs/x --resume    the stage in runs/x, with the settings it was started with
 train sft … --resume auto      begin that stage, or go on with it: the same line each time
 train sft … --dry-run          say what would be trained, and on what
+train pretrain-4b --dry-run --devices 64 --kind h100    and what it would take there
 """
 
 import difflib
@@ -19,7 +20,7 @@ import msgspec
 import tyro
 
 from interleave_data.config import load_data_file
-from train_config import Command, DemoRun, LanguageRun, RunConfig, StageRun, WarmupRun, run_path
+from train_config import Command, DemoRun, LanguageRun, PlanRequest, RunConfig, StageRun, WarmupRun, run_path
 from train_recipes import RECIPES
 
 _Config = TypeVar("_Config", bound=msgspec.Struct)
@@ -45,6 +46,7 @@ FREE_ON_RESUME = (
 """What may change when a run is continued: it moves no weight, or keeps a bad step from moving them."""
 NEWEST, AUTO = "newest", "auto"
 DRY_RUN = "--dry-run"
+_PLAN_FLAGS = ("--devices", "--kind", "--utilisation", "--link-gb-per-s", "--image-share")
 
 
 class SavedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -140,6 +142,48 @@ def _check_dry_run(recipe: str, config: RunConfig) -> None:
         _refuse("--dry-run: expected no --resume, got one; leave it out to see the stage from its beginning")
 
 
+def _take_plan(arguments: list[str], is_dry_run: bool) -> tuple[PlanRequest | None, list[str]]:
+    """Split the flags of a plan off the arguments."""
+    given: dict[str, str] = {}
+    for flag in _PLAN_FLAGS:
+        value, arguments = _take(flag, arguments)
+        if value is not None:
+            given[flag] = value
+    if not given:
+        return None, arguments
+    if not is_dry_run:
+        _refuse(
+            f"{next(iter(given))}: expected together with --dry-run, got it alone; add that, or start with torchrun"
+        )
+    for flag in ("--devices", "--kind"):
+        if flag not in given:
+            kinds = "a100, h100 or h200"
+            _refuse(f"{flag}: expected with {next(iter(given))}, got none; give --devices N and --kind {kinds}")
+    fields = {flag.removeprefix("--").replace("-", "_"): value for flag, value in given.items()}
+    try:
+        return msgspec.convert(fields, PlanRequest, strict=False), arguments
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$.")
+        name = place.rstrip("`")
+        if name not in fields:
+            _refuse(
+                f"--{reason.replace('_', '-')}" if reason.split(":")[0] in PlanRequest.__struct_fields__ else reason
+            )
+        rule = "one of a100, h100, h200" if name == "kind" else "a whole number" if name == "devices" else "a number"
+        _refuse(f"--{name.replace('_', '-')}: expected {rule}, got {fields[name]}; correct it")
+
+
+def _check_plan(plan: PlanRequest, config: StageRun) -> None:
+    """Refuse a number of devices that a step's packs cannot be divided among."""
+    packs = config.stage.train.accumulation_steps
+    if packs % plan.devices:
+        fitting = ", ".join(str(number) for number in range(1, packs + 1) if packs % number == 0)
+        _refuse(
+            f"--devices: expected a divisor of the {packs} packs of a step ({fitting}), got {plan.devices}; "
+            "choose one, or change --accumulation-steps"
+        )
+
+
 def _saved_run(arguments: list[str], recipe: str | None, is_new_allowed: bool) -> tuple[str, StageRun] | None:
     """Recipe and config of the run that `--resume` is to continue; None if there is none yet and that is allowed."""
     out, _ = _take("--out", arguments)
@@ -182,7 +226,7 @@ def _check_same_course(saved: StageRun, config: StageRun) -> None:
 def parse_command_line(arguments: Sequence[str]) -> Command:
     """Return the resolved config, or exit with status 2 and a reason."""
     is_dry_run = DRY_RUN in arguments
-    arguments = [argument for argument in arguments if argument != DRY_RUN]
+    plan, arguments = _take_plan([argument for argument in arguments if argument != DRY_RUN], is_dry_run)
     file, rest = _take("--config", _usual_forms(arguments))
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if recipe is not None:
@@ -204,7 +248,11 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
         " --checkpoint-every N is another name of --save-every N. --dry-run trains nothing and writes no run "
     )
     description += (
-        "folder: it prints parameters, memory, tokens a step, steps an epoch and the first samples of a stage."
+        "folder: it prints parameters, memory, tokens a step, steps an epoch and the first samples of a stage"
+    )
+    description += (
+        "; with --devices N --kind a100|h100|h200 also memory by part for each ZeRO stage, what is sent, and days on "
+        "those (--utilisation, --link-gb-per-s, --image-share)."
     )
     try:
         config = tyro.cli(
@@ -223,4 +271,6 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
         _check_same_course(saved, config)
     if is_dry_run:
         _check_dry_run(recipe, config)
-    return Command(recipe=recipe, config=config, is_dry_run=is_dry_run)
+    if plan is not None and isinstance(config, StageRun):
+        _check_plan(plan, config)
+    return Command(recipe=recipe, config=config, is_dry_run=is_dry_run, plan=plan)

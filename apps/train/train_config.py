@@ -1,5 +1,6 @@
 """What a run of `apps/train` is made of. Imports no torch."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -80,6 +81,11 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "objective: expected next_token without adapters, got preference; add --use-lora: the reference is the "
                 "model without them"
             )
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the language model's head moves."""
+        return "lang_model" in self.trains and not self.use_lora
 
     @property
     def trains_tower(self) -> bool:
@@ -225,6 +231,41 @@ def run_path(recipe: str, out: str | None) -> Path:
     return Path(out or f"runs/{recipe}")
 
 
+class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a dry run is to plan for.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    devices: int
+    """Devices that share each step's packs."""
+    kind: Literal["a100", "h100", "h200"]
+    """The devices (see `trainer_lite.DEVICE_KINDS`)."""
+    utilisation: float = 0.4
+    """Share of the peak that the counted operations are assumed to reach."""
+    link_gb_per_s: float | None = None
+    """Speed at which a device sends; None for its link within a host, and its network beyond one."""
+    image_share: float = 0.5
+    """Of the tokens, where there is no data to look at."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require_at_least(1, self, "devices")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation: expected above 0 and at most 1, got {self.utilisation}; 0.4 is usual")
+        if self.link_gb_per_s is not None and not 0 < self.link_gb_per_s < math.inf:
+            raise ValueError(f"link_gb_per_s: expected above 0, got {self.link_gb_per_s}; leave it out for the kind's")
+        if not 0 <= self.image_share <= 1:
+            raise ValueError(f"image_share: expected 0 to 1, got {self.image_share}; it is a share of the tokens")
+
+    def link_bytes_per_s(self, devices_per_host: int, link: float, network: float) -> float:
+        """Bytes a second that a device can send in a ring of all devices: the slowest link's."""
+        if self.link_gb_per_s is not None:
+            return self.link_gb_per_s * 1e9
+        return link if self.devices <= devices_per_host else network
+
+
 RunConfig = DemoRun | LanguageRun | StageRun | WarmupRun
 
 
@@ -235,3 +276,5 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     config: RunConfig
     is_dry_run: bool = False
     """Whether to say only what would be trained (see `train_dry_run`)."""
+    plan: PlanRequest | None = None
+    """What a dry run is to plan for besides."""

@@ -15,9 +15,12 @@ from blip3_lite.presets import xgen_mm_config
 from blip3_lite.xgen_mm import detect_kind, xgen_mm_tokenizer
 from interleave_data import ImageLimits, Plan, PlannedPack, Size, SkipCounter, SkipSample
 from interleave_data.plan import Entry
-from train_config import StageConfig, StageRun
+from train_activations import FORMULAS, kept_numbers, loss_bytes, num_groups, passing_numbers
+from train_config import PlanRequest, StageConfig, StageRun
 from train_errors import BadInputError
 from train_objectives import SamplePair
+from train_operations import PackShape
+from train_plan import Packs, assumed_packs, plan_lines
 from train_stages import IMAGE_CACHE_BYTES, StageData, StageEncoder, base_view_processor, freeze, plan_config
 from trainer_lite import group_parameters
 
@@ -48,18 +51,29 @@ class PartSize:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
 
 
-def shell_of(path: Path, limits: ImageLimits) -> tuple[Blip3, Processor]:
-    """The model at `path` without its weights: of a checkpoint of ours or a release of xGen-MM.
+def shell_config(path: Path) -> Blip3Config:
+    """The model's config at `path`: of a checkpoint of ours or a release of xGen-MM.
 
     Raises:
         ValueError: it is neither.
     """
     if is_release(path):
-        cfg, tokenizer = xgen_mm_config(detect_kind(path)), xgen_mm_tokenizer(path / "tokenizer.json")
+        return xgen_mm_config(detect_kind(path))
+    read_manifest(path, verify=False)
+    return read_config(path).model
+
+
+def shell_of(path: Path, limits: ImageLimits) -> tuple[Blip3, Processor]:
+    """The model at `path` without its weights, and its processor.
+
+    Raises:
+        ValueError: it is neither a checkpoint of ours nor a release of xGen-MM.
+    """
+    cfg = shell_config(path)
+    if is_release(path):
+        tokenizer = xgen_mm_tokenizer(path / "tokenizer.json")
     else:
-        read_manifest(path, verify=False)
-        saved = read_config(path)
-        cfg, tokenizer = saved.model, load_tokenizer(path / saved.tokenizer_file)
+        tokenizer = load_tokenizer(path / read_config(path).tokenizer_file)
     return undrawn_model(cfg), Processor(cfg, tokenizer, limits, IMAGE_CACHE_BYTES)
 
 
@@ -92,52 +106,9 @@ def part_sizes(model: Blip3, stage: StageConfig) -> list[PartSize]:
     return sizes
 
 
-def kept_numbers(cfg: Blip3Config, tokens: int, tiles: int) -> dict[str, int]:
-    """Estimate how many numbers each part keeps for the backward pass of one pack, if it is trained whole.
-
-    Counted from the layers' code with fused attention, which keeps no matrix of weights: what a linear map reads, what
-    a norm reads, q, k, v and what they were made from, and both sides of each activation function.
-    """
-    vision, connector, lm = cfg.vision, cfg.connector, cfg.lm
-    patches, latents = vision.num_patches, connector.num_latents
-    inner, wide = connector.inner_dim, connector.ff_mult * connector.dim
-    groups = tiles if cfg.tiling.kind != "anyres_fixed" else max(1, tiles // cfg.tiling.max_tiles)
-    qkv = (lm.num_heads + 2 * lm.num_kv_heads) * lm.head_dim
-    rotated = (2 * lm.num_heads + lm.num_kv_heads) * lm.head_dim
-    return {
-        "vision tower": tiles
-        * (patches * (vision.num_layers * (8 * vision.width + 2 * vision.mlp_width) + vision.width) + _stem(cfg)),
-        "connector": connector.depth
-        * ((tiles * patches + groups * latents) * (connector.dim + 2 * inner)
-           + groups * latents * (4 * connector.dim + 2 * inner + 2 * wide))
-        + tiles * patches * connector.dim,
-        "language model": tokens * (lm.num_layers * (4 * lm.width + qkv + rotated + 4 * lm.mlp_width) + 2 * lm.width)
-        + lm.vocab_size * lm.width,
-    }  # fmt: skip
-
-
-_FORMULAS = {
-    "vision tower": "tiles × (patches × (layers × (8 width + 2 mlp) + width) + pixels and what the stem makes of them)",
-    "connector": "layers × ((patches + latents) × (width + 2 inner) + latents × (4 width + 2 inner + 2 mlp)) "
-    "+ patches × width, a tile",
-    "language model": "tokens × (layers × (4 width + qkv + rotated q and k + attended + 4 mlp) + 2 width) "
-    "+ gradient of the head",
-}
-
-
-def _stem(cfg: Blip3Config) -> int:
-    """Numbers that the first convolutions keep of a tile."""
-    side = cfg.vision.image_px
-    kept = 3 * side**2
-    if cfg.vision.stem == "conv":
-        strides = cfg.vision.stem_strides
-        for place, stride in enumerate(strides[:-1]):
-            side //= stride
-            kept += side**2 * (cfg.vision.width // 2 ** (len(strides) - 1 - place))
-    return kept
-
-
-def with_activations(sizes: Sequence[PartSize], cfg: Blip3Config, stage: StageConfig, tiles: int) -> list[PartSize]:
+def with_activations(
+    sizes: Sequence[PartSize], cfg: Blip3Config, stage: StageConfig, tiles: int, tiles_a_call: int
+) -> list[PartSize]:
     """Add what a pack of the whole budget keeps; a part behind a trained one keeps it too, for gradients pass it."""
     number_bytes = 4 if stage.train.precision == "fp32" else 2
     numbers = kept_numbers(cfg, stage.max_tokens, tiles)
@@ -145,11 +116,12 @@ def with_activations(sizes: Sequence[PartSize], cfg: Blip3Config, stage: StageCo
     found: list[PartSize] = []
     for size in sizes:
         has_graph = has_graph or size.num_trained > 0
-        kept = numbers[size.name] if has_graph else 0
+        kept = numbers[size.name] * number_bytes if has_graph else 0
         if size.name == "vision tower" and not has_graph:
-            width, mlp = cfg.vision.width, cfg.vision.mlp_width
-            kept = min(tiles, _TILES_PER_CALL) * cfg.vision.num_patches * max(6 * width, 2 * width + 2 * mlp)
-        found.append(replace(size, activation_bytes=kept * number_bytes))
+            kept = passing_numbers(cfg, min(tiles, tiles_a_call)) * number_bytes
+        if size.name == "language model":
+            kept += loss_bytes(cfg, stage.max_tokens, number_bytes, trains_head=stage.trains_head)
+        found.append(replace(size, activation_bytes=kept))
     return found
 
 
@@ -205,8 +177,49 @@ def look_ahead(stage: StageConfig, data: StageData, encoder: StageEncoder, skips
     return Ahead(plan, packs)
 
 
-def describe_stage(recipe: str, config: StageRun, model: Blip3, processor: Processor, data: StageData) -> list[str]:
-    """Lines on parameters, memory, steps and first samples of a stage.
+def describe_plan(recipe: str, config: StageRun, model: Blip3, request: PlanRequest) -> list[str]:
+    """Lines on parameters of a stage and on what it takes on several devices, from its recipe alone.
+
+    Raises:
+        ValueError: settings do not fit each other.
+    """
+    stage = config.stage
+    with model.device:
+        freeze(model, stage)
+    cfg = model.cfg.with_base_views() if stage.views == "base" else model.cfg
+    return [
+        f"dry run of {recipe}: nothing is trained, no run folder is made",
+        "",
+        *_parameter_lines(part_sizes(model, stage)),
+        "",
+        *plan_lines(model, cfg, stage, assumed_packs(cfg, stage, request.image_share), request),
+    ]
+
+
+def _planned_packs(ahead: Ahead, cfg: Blip3Config, stage: StageConfig, most_tiles: int) -> Packs:
+    """The shapes of the first packs; every text token counts as a target, for none is encoded."""
+    shapes: list[PackShape] = []
+    for pack in ahead.packs:
+        lengths = [entry.size.tokens for entry in pack.entries]
+        if stage.objective == "preference":
+            lengths = [half for length in lengths for half in (length // 2, length - length // 2)]
+        tiles = pack.size.tiles
+        groups = num_groups(cfg, tiles) if tiles else 0
+        targets = max(0, sum(lengths) - groups * cfg.connector.num_latents)
+        shapes.append(PackShape(tuple(lengths), tiles, groups, targets))
+    origin = f"the first {len(shapes)} of the data; every text token is taken for a target"
+    return Packs(shapes, most_tiles, origin)
+
+
+def describe_stage(
+    recipe: str,
+    config: StageRun,
+    model: Blip3,
+    processor: Processor,
+    data: StageData,
+    request: PlanRequest | None = None,
+) -> list[str]:
+    """Lines on parameters, memory, steps and first samples of a stage, and on several devices where that is asked for.
 
     Raises:
         ValueError: settings or data do not fit each other.
@@ -222,7 +235,12 @@ def describe_stage(recipe: str, config: StageRun, model: Blip3, processor: Proce
     skips = SkipCounter(data.skip_limits)
     ahead = look_ahead(stage, data, encoder, skips)
     tiles = max(pack.size.tiles for pack in ahead.packs) if stage.max_tiles is None else stage.max_tiles
-    sizes = with_activations(part_sizes(model, stage), processor.cfg, stage, tiles)
+    tiles_a_call = _TILES_PER_CALL if config.feature_cache_mb > 0 else tiles
+    sizes = with_activations(part_sizes(model, stage), processor.cfg, stage, tiles, tiles_a_call)
+    plan: list[str] = []
+    if request is not None:
+        packs = _planned_packs(ahead, processor.cfg, stage, tiles)
+        plan = [*plan_lines(model, processor.cfg, stage, packs, request), ""]
     return [
         f"dry run of {recipe}: nothing is trained, no run folder is made",
         "",
@@ -232,6 +250,7 @@ def describe_stage(recipe: str, config: StageRun, model: Blip3, processor: Proce
         "",
         *_step_lines(stage, data, ahead, skips),
         "",
+        *plan,
         *_sample_lines(ahead, encoder, stage),
     ]
 
@@ -286,11 +305,12 @@ def _memory_lines(
         f"{_count(tiles, 'tile')}, {number} a number."
     )
     for size in sizes:
-        formula = _FORMULAS[size.name]
+        formula = FORMULAS[size.name]
         if size.name == "vision tower" and not size.num_trained:
-            formula = (
-                f"nothing is kept; in use {_TILES_PER_CALL} tiles at most × patches × max(6 width, 2 width + 2 mlp)"
-            )
+            at_most = f"{_TILES_PER_CALL} tiles at most" if config.feature_cache_mb > 0 else "tiles"
+            formula = f"nothing is kept; in use {at_most} × patches × max(6 width, 2 width + 2 mlp)"
+        if size.name == "language model":
+            formula += " + head and loss: a chunk of logits, the targets' rows, the gradient of the head"
         lines.append(f"  {size.name}: {formula if size.activation_bytes else 'none, as nothing before it is trained'}")
     return lines
 

@@ -16,9 +16,9 @@ from eval_lite import write_predictions
 from interleave_data import DataError, Sample, SkipSample, TextPart, TooManySkips, WorkerError
 from phi3_lite import load_lm, train_tokenizer
 from train_cli import AUTO, NEWEST
-from train_config import Command, DemoRun, LanguageRun, StageRun, WarmupRun, run_path
+from train_config import Command, DemoRun, LanguageRun, PlanRequest, StageRun, WarmupRun, run_path
 from train_demo import run_demo
-from train_dry_run import describe_stage, shell_of
+from train_dry_run import describe_plan, describe_stage, shell_config, shell_of
 from train_errors import (
     BAD_INPUT,
     FINISHED,
@@ -85,7 +85,7 @@ def _fail(status: int, error: Exception | str) -> int:
 
 def _dispatch(command: Command, stop: StopFlag) -> bool:
     if command.is_dry_run and isinstance(command.config, StageRun):
-        return _dry_run(command.recipe, command.config)
+        return _dry_run(command.recipe, command.config, command.plan)
     if isinstance(command.config, DemoRun):
         return run_demo(command.config, stop)
     if isinstance(command.config, LanguageRun):
@@ -207,17 +207,22 @@ def _fresh_processor(config: StageRun, data: StageData) -> Processor:
     return Processor(config.model, tokenizer, data.image_limits, IMAGE_CACHE_BYTES)
 
 
-def _dry_run(recipe: str, config: StageRun) -> bool:
+def _dry_run(recipe: str, config: StageRun, plan: PlanRequest | None) -> bool:
     """Say what the stage would be; no weight is drawn or loaded but those of --vision and --language."""
     with checking_input():
-        data = _stage_data(recipe, config)
-        if config.init is not None:
-            model, processor = shell_of(Path(config.init), data.image_limits)
-        elif config.language is not None:
-            model, processor = _new_model(config, data)
+        if plan is not None and config.data is None and recipe not in WORLD_STAGES and config.language is None:
+            # Nothing to look at: a plan can be made of the recipe alone.
+            cfg = config.model if config.init is None else shell_config(Path(config.init))
+            lines = describe_plan(recipe, config, undrawn_model(cfg), plan)
         else:
-            model, processor = undrawn_model(config.model), _fresh_processor(config, data)
-        lines = describe_stage(recipe, config, model, processor, data)
+            data = _stage_data(recipe, config)
+            if config.init is not None:
+                model, processor = shell_of(Path(config.init), data.image_limits)
+            elif config.language is not None:
+                model, processor = _new_model(config, data)
+            else:
+                model, processor = undrawn_model(config.model), _fresh_processor(config, data)
+            lines = describe_stage(recipe, config, model, processor, data, plan)
     print("\n".join(lines))
     return True
 

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from .muon import orthogonalize as orthogonalize
     from .optimizer import Optimizers as Optimizers
     from .optimizer import group_parameters as group_parameters
+    from .planning import DEVICE_KINDS as DEVICE_KINDS
+    from .planning import DeviceKind as DeviceKind
+    from .planning import Sharding as Sharding
+    from .planning import StateBytes as StateBytes
+    from .planning import sent_bytes as sent_bytes
+    from .planning import state_bytes as state_bytes
+    from .planning import step_seconds as step_seconds
     from .progress import IndexProgress as IndexProgress
     from .progress import Progress as Progress
     from .progress import QuietProgress as QuietProgress
@@ -44,7 +51,9 @@ if TYPE_CHECKING:
     from .stop import StopFlag as StopFlag
 
 _HOMES = {
+    "DEVICE_KINDS": "planning",
     "Batch": "contract",
+    "DeviceKind": "planning",
     "FitResult": "loop",
     "FoundCheckpoint": "run_folder",
     "IndexProgress": "progress",
@@ -64,7 +73,9 @@ _HOMES = {
     "RunFolder": "run_folder",
     "SaveError": "run_folder",
     "ScheduleConfig": "config",
+    "Sharding": "planning",
     "Share": "report",
+    "StateBytes": "planning",
     "StepModel": "contract",
     "StepRecord": "metrics",
     "StopFlag": "stop",
@@ -81,10 +92,15 @@ _HOMES = {
     "peak_rss_bytes": "measure",
     "read_metrics": "metrics",
     "samples_digest": "loop",
+    "sent_bytes": "planning",
+    "state_bytes": "planning",
+    "step_seconds": "planning",
     "write_atomically": "atomic",
 }
 __all__ = [
+    "DEVICE_KINDS",
     "Batch",
+    "DeviceKind",
     "FitResult",
     "FoundCheckpoint",
     "IndexProgress",
@@ -104,7 +120,9 @@ __all__ = [
     "RunFolder",
     "SaveError",
     "ScheduleConfig",
+    "Sharding",
     "Share",
+    "StateBytes",
     "StepModel",
     "StepRecord",
     "StopFlag",
@@ -121,6 +139,9 @@ __all__ = [
     "peak_rss_bytes",
     "read_metrics",
     "samples_digest",
+    "sent_bytes",
+    "state_bytes",
+    "step_seconds",
     "write_atomically",
 ]
 
