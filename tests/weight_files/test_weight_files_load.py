@@ -1,11 +1,13 @@
 """Loads that are strict and whole, from files of other layouts."""
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from weight_files import (
@@ -125,3 +127,57 @@ def test_a_pickled_state_is_found_inside_its_checkpoint(tmp_path: Path) -> None:
     torch.save({"epoch": 1, "model_state_dict": {"module.a": torch.ones(2)}}, tmp_path / "train.pt")
     source = open_pickled(tmp_path / "train.pt", prefix="module.")
     assert source.read("a").tolist() == [1, 1]
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from weight_files import SafetensorsFiles
+
+def held(kind):
+    return int(Path("/proc/self/status").read_text().split(kind)[1].split()[0])
+
+if sys.argv[2] == "mapped":
+    from safetensors import safe_open
+    files = safe_open(sys.argv[1], framework="pt").__enter__()
+    names, read = list(files.keys()), files.get_tensor
+else:
+    files = SafetensorsFiles(sys.argv[1])
+    names, read = list(files.tensors), files.read
+# Once without counting: code is loaded too.
+assert (read(names[0]) == len(names[0])).all()
+before, peak = held("VmRSS:"), 0
+for name in names[1:]:
+    assert (read(name) == len(name)).all()
+    peak = max(peak, held("VmRSS:") - before)
+print(peak)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_file_that_is_read_through_is_never_held_whole(tmp_path: Path) -> None:
+    """Sixteen tensors of 8 MiB, a few at a time, as the allocator keeps some; the control maps them."""
+    file = tmp_path / "w.safetensors"
+    save_file({"a" * (n + 1): torch.full((1024, 2048), n + 1.0) for n in range(16)}, file)
+    peaks = {}
+    for mode in ("read", "mapped"):
+        command = [sys.executable, "-c", PEAK, str(file), mode]
+        peaks[mode] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peaks["read"] <= 6 * 8192
+    assert peaks["mapped"] >= 14 * 8192
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.bool, torch.float64])
+def test_tensors_of_a_file_equal_the_format_s_own_reader(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = {"m": torch.randn(5, 3, 2), "empty": torch.zeros(0, 4), "one": torch.tensor(3.0), "v": torch.randn(7)}
+    save_file({name: value.to(dtype) for name, value in values.items()}, tmp_path / "w.safetensors", {"note": "x"})
+    expected = load_file(tmp_path / "w.safetensors")
+    with SafetensorsFiles(tmp_path) as files:
+        for name, value in expected.items():
+            assert files.read(name).equal(value)
+            assert files.read(name).dtype == dtype
+        assert files.read("m", (1, 3)).equal(expected["m"][1:3])
+        (tmp_path / "w.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:-3])
+        with pytest.raises(WeightsError, match=r"expected \d+ bytes of"):
+            [files.read(name) for name in expected]

@@ -4,9 +4,12 @@ A source is opened by its headers alone; a tensor's bytes are touched when it is
 as shards with an index (`*.safetensors.index.json`, whose `weight_map` says which file holds which tensor).
 """
 
+import math
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -64,6 +67,16 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
+class _Entry(msgspec.Struct):
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: BufferedReader
+    start: int
+
+
 class SafetensorsFiles:
     """A safetensors file, or a folder that holds one or a sharded set. Use as a context manager, or `close` it."""
 
@@ -76,8 +89,10 @@ class SafetensorsFiles:
         """
         self._path = Path(path)
         self._stack = ExitStack()
+        # For holders that hand it on and cannot say when its last tensor was read.
+        weakref.finalize(self, self._stack.close)
         self._tensors: dict[str, TensorInfo] = {}
-        self._handles: dict[str, Any] = {}
+        self._places: dict[str, _Place] = {}
         try:
             self._open()
         except BaseException:
@@ -105,11 +120,27 @@ class SafetensorsFiles:
         return self._tensors
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Shaped[Tensor, "..."]:
-        """Return a tensor, or its rows [start, end) along the first axis; its memory is the mapped file's."""
-        handle = self._handles[name]
-        if rows is None:
-            return handle.get_tensor(name)
-        return handle.get_slice(name)[rows[0] : rows[1]]
+        """Return a tensor, or its rows [start, end) along the first axis, in memory of its own.
+
+        Not mapped: pages of a mapped file count as the process's own until it is closed, a second model beside it.
+
+        Raises:
+            WeightsError: the file has become shorter.
+        """
+        info, place = self._tensors[name], self._places[name]
+        first, stop = (0, info.shape[0]) if rows is None and info.shape else rows or (0, 1)
+        row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+        tensor = torch.empty((stop - first, *info.shape[1:]) if info.shape else (), dtype=info.dtype)
+        if tensor.numel() == 0:
+            return tensor
+        place.file.seek(place.start + first * row_bytes)
+        # A view as bytes, since numpy has no bfloat16.
+        num_read = place.file.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
+        if num_read != tensor.nbytes:
+            raise WeightsError(
+                f"weights {place.file.name}: expected {tensor.nbytes} bytes of {name}, got {num_read}; fetch it again"
+            )
+        return tensor
 
     def _open(self) -> None:
         files, weight_map = self._files()
@@ -122,22 +153,31 @@ class SafetensorsFiles:
         faults: list[str] = []
         for file in files:
             try:
-                handle: Any = self._stack.enter_context(safe_open(file, framework="pt"))
-                for name in handle.keys():  # noqa: SIM118
-                    part = handle.get_slice(name)
-                    self._tensors[name] = TensorInfo(tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
-                    self._handles[name] = handle
-                    if weight_map is not None and weight_map.get(name) != file.name:
-                        faults.append(f"{name}: in {file.name}, not where the index has it")
+                self._open_file(file)
             except (SafetensorError, OSError) as error:
                 faults.append(f"{file.name}: {error}")
         if not faults and weight_map is not None:
+            faults += [
+                f"{name}: in {Path(place.file.name).name}, not where the index has it"
+                for name, place in self._places.items()
+                if weight_map.get(name) != Path(place.file.name).name
+            ]
             faults += [f"{name}: in the index only" for name in weight_map.keys() - self._tensors.keys()]
         if faults:
             raise WeightsError(
                 f"weights {self._path}: expected whole safetensors files, got: {'; '.join(sorted(faults)[:20])}; "
                 "they are cut, damaged or of two downloads: fetch them again"
             )
+
+    def _open_file(self, file: Path) -> None:
+        handle: Any
+        # Its checks: header, offsets, and that the file is as long as they say.
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                part = handle.get_slice(name)
+                self._tensors[name] = TensorInfo(tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
+        opened = self._stack.enter_context(file.open("rb"))
+        self._places.update({name: _Place(opened, start) for name, start in _starts(opened).items()})
 
     def _files(self) -> tuple[list[Path], dict[str, str] | None]:
         """The files to open, and the index's weight map where there is an index."""
@@ -166,6 +206,17 @@ class SafetensorsFiles:
         if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
             raise WeightsError(f"weights {index}: expected plain safetensors file names, got {strange[:3]}")
         return [index.parent / name for name in names], weight_map
+
+
+def _starts(file: BufferedReader) -> dict[str, int]:
+    """Where each tensor begins: behind the header's length (8 bytes, little-endian) and the header, as it says."""
+    size = int.from_bytes(file.read(8), "little")
+    header = msgspec.json.decode(file.read(size), type=dict[str, msgspec.Raw])
+    return {
+        name: 8 + size + msgspec.json.decode(entry, type=_Entry).data_offsets[0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _dtype(file: Path, name: str, dtype: str) -> torch.dtype:
