@@ -11,6 +11,7 @@ that of its weight, where that is trained: a frozen tower in front has none, a f
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import nn
 
@@ -57,6 +58,11 @@ def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
+def _each(layers: nn.ModuleList) -> Iterable[Any]:
+    """The layers, whose own types torch does not tell."""
+    return layers
+
+
 def _linear(rows: int, layer: nn.Linear, passes: bool) -> Operations:
     """`passes`: whether the gradient of the input is wanted."""
     width_out, width_in = layer.weight.shape
@@ -90,7 +96,7 @@ def tower_operations(model: Blip3, num_tiles: int) -> Operations:
         total += Operations(product, product * (has_gradient + convolution.weight.requires_grad))
         has_gradient = has_gradient or _is_trained(convolution)
     has_gradient = has_gradient or _is_trained(tower.embeddings)
-    for layer in tower.encoder.layers:
+    for layer in _each(tower.encoder.layers):
         has_gradient = has_gradient or _is_trained(layer)
         found = _attention(rows * cfg.num_patches, cfg.width, has_gradient)
         for linear in _linears(layer):
@@ -109,7 +115,7 @@ def connector_operations(model: Blip3, shape: PackShape) -> Operations:
     queries = shape.num_groups * cfg.num_latents
     keys = features + queries
     total = Operations()
-    for attn, mlp in connector.layers:
+    for attn, mlp in _each(connector.layers):
         found = _linear(queries, attn.to_q, has_latent_gradient) + _linear(keys, attn.to_kv, has_gradient)
         found += _attention(cfg.num_latents * keys, cfg.inner_dim, has_gradient)
         for linear in (attn.to_out, *_linears(mlp)):
@@ -128,7 +134,7 @@ def lm_operations(model: Blip3, shape: PackShape) -> Operations:
     has_gradient = _is_trained(lm.model.embed_tokens)
     has_gradient = has_gradient or _is_trained(model.vision_encoder) or _is_trained(model.vision_tokenizer)
     total = Operations()
-    for layer in lm.model.layers:
+    for layer in _each(lm.model.layers):
         attn, mlp = layer.self_attn, layer.mlp
         found = _linear(tokens, attn.qkv_proj, has_gradient)
         has_gradient = has_gradient or _is_trained(attn.qkv_proj)
@@ -162,7 +168,7 @@ def pack_operations(model: Blip3, shape: PackShape, *, is_preference: bool) -> d
     }
     if is_preference:
         # The tower and the connector see the tiles again; without adapters the products with the base weights are left.
-        linears = [linear for layer in model.lang_model.model.layers for linear in _linears(layer)]
+        linears = [linear for layer in _each(model.lang_model.model.layers) for linear in _linears(layer)]
         adapters = sum(
             (_linear(shape.num_tokens, linear, False).forward - 2 * shape.num_tokens * prod(linear.weight.shape))
             for linear in linears

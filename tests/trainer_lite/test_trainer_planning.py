@@ -18,7 +18,7 @@ def test_states_are_those_of_the_papers_figure_1(stage, gigabytes):
 
 
 def test_states_of_three_tensors_by_hand():
-    def held(stage: int, **more):
+    def held(stage, **more):
         cfg = Sharding(stage=stage, num_devices=2, bucket_numbers=100, live_numbers=0, persistent_numbers=0, **more)
         states = state_bytes([30, 5, 6], [7], cfg)
         return (
@@ -74,7 +74,7 @@ def test_momentum_alone_takes_half_of_adams_moments():
 
 
 def test_sent_by_hand():
-    def sent(stage: int, **more):
+    def sent(stage, **more):
         cfg = Sharding(stage=stage, num_devices=4, live_numbers=20)
         return sent_bytes(100, 40, cfg, num_batches=3, num_forward_only=40, **more)
 
