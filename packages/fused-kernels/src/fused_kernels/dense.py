@@ -42,11 +42,12 @@ def _attention_reference(
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     """Call PyTorch's attention on q [b, t, h, k] and k, v [b, s, g, k]; its is_causal counts from the first key.
 
-    On a CPU half-precision input is computed in fp32, but for single queries: for 24 documents of 40 to 160 tokens,
-    4 heads of 32, one thread without bf16 instructions, forward and backward take 22 ms that way and 80 ms directly.
+    On a CPU half-precision input is computed in fp32. Without bf16 instructions, forward and backward of 24 documents
+    of 40 to 160 tokens, 4 heads of 32, one thread, take 22 ms that way and 80 ms directly; one query at 768 keys, 32
+    heads of 96, two threads, takes 2.6 ms and 6.9 ms.
     """
     dtype = q.dtype
-    if q.device.type == "cpu" and dtype.itemsize < 4 and q.shape[1] > 1:
+    if q.device.type == "cpu" and dtype.itemsize < 4:
         q, k, v = q.float(), k.float(), v.float()
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
