@@ -7,12 +7,14 @@ if TYPE_CHECKING:
 
     from .atomic import write_atomically as write_atomically
     from .config import OptimizerConfig as OptimizerConfig
+    from .config import ParallelConfig as ParallelConfig
     from .config import ScheduleConfig as ScheduleConfig
     from .config import TrainConfig as TrainConfig
     from .contract import Batch as Batch
     from .contract import LossSum as LossSum
     from .contract import ModelFiles as ModelFiles
     from .contract import NamesSkips as NamesSkips
+    from .contract import ShardedModelFiles as ShardedModelFiles
     from .contract import StepModel as StepModel
     from .contract import Stream as Stream
     from .contract import TellsChanges as TellsChanges
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from .muon import orthogonalize as orthogonalize
     from .optimizer import Optimizers as Optimizers
     from .optimizer import group_parameters as group_parameters
+    from .processes import Processes as Processes
+    from .processes import RankLostError as RankLostError
+    from .processes import join as join
     from .progress import IndexProgress as IndexProgress
     from .progress import Progress as Progress
     from .progress import QuietProgress as QuietProgress
@@ -55,15 +60,19 @@ _HOMES = {
     "NonFiniteError": "loop",
     "OptimizerConfig": "config",
     "Optimizers": "optimizer",
+    "ParallelConfig": "config",
     "PhaseTimer": "measure",
     "Picture": "report",
+    "Processes": "processes",
     "Progress": "progress",
     "QuietProgress": "progress",
+    "RankLostError": "processes",
     "Report": "report",
     "RunFolder": "run_folder",
     "SaveError": "run_folder",
     "ScheduleConfig": "config",
     "Share": "report",
+    "ShardedModelFiles": "contract",
     "StepModel": "contract",
     "StepRecord": "metrics",
     "StopFlag": "stop",
@@ -73,6 +82,7 @@ _HOMES = {
     "TrainConfig": "config",
     "Trainer": "loop",
     "group_parameters": "optimizer",
+    "join": "processes",
     "keep_freed_memory": "measure",
     "learning_rate_factor": "schedule",
     "orthogonalize": "muon",
@@ -94,14 +104,18 @@ __all__ = [
     "NonFiniteError",
     "OptimizerConfig",
     "Optimizers",
+    "ParallelConfig",
     "PhaseTimer",
     "Picture",
+    "Processes",
     "Progress",
     "QuietProgress",
+    "RankLostError",
     "Report",
     "RunFolder",
     "SaveError",
     "ScheduleConfig",
+    "ShardedModelFiles",
     "Share",
     "StepModel",
     "StepRecord",
@@ -112,6 +126,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "group_parameters",
+    "join",
     "keep_freed_memory",
     "learning_rate_factor",
     "orthogonalize",
