@@ -32,6 +32,11 @@ FREE_ON_RESUME = (
     "data",
     "eval_questions",
     "feature_cache_mb",
+    "parallel.engine",
+    "parallel.offload_optimizer",
+    "parallel.offload_parameters",
+    "parallel.recompute",
+    "parallel.timeout_s",
     "stage.num_workers",
     "stage.data_timeout_s",
     "stage.train.log_every",
@@ -226,7 +231,9 @@ def _check_same_course(saved: StageRun, config: StageRun) -> None:
 def parse_command_line(arguments: Sequence[str]) -> Command:
     """Return the resolved config, or exit with status 2 and a reason."""
     is_dry_run = DRY_RUN in arguments
-    plan, arguments = _take_plan([argument for argument in arguments if argument != DRY_RUN], is_dry_run)
+    # deepspeed's launcher adds the latter; the environment says it too.
+    arguments = [one for one in arguments if one != DRY_RUN and not one.startswith("--local_rank=")]
+    plan, arguments = _take_plan(arguments, is_dry_run)
     file, rest = _take("--config", _usual_forms(arguments))
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if recipe is not None:

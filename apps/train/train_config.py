@@ -13,7 +13,7 @@ from dpo_lite.config import DpoConfig
 from lora_lite.config import LoraConfig
 from perceiver_resampler.config import ResamplerConfig
 from siglip_lite.config import SiglipVisionConfig
-from trainer_lite.config import TrainConfig
+from trainer_lite.config import ParallelConfig, TrainConfig
 
 Part = Literal["vision_encoder", "vision_tokenizer", "lang_model"]
 SMOLLM2_FILE = "runs/downloads/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -132,6 +132,8 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """tokenizer.json for a fresh model; without it one is trained on the data's own text."""
     stage: Annotated[StageConfig, tyro.conf.arg(name="")]
     """The stage."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How several processes share the work (started by torchrun or deepspeed)."""
     eval_questions: int = 0
     """Held-out questions of the embedded world a skill, asked at the end; 0 for none, as with a data file."""
     feature_cache_mb: int = 1024

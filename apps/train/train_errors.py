@@ -12,6 +12,8 @@ NOT_SAVED = 4
 """A checkpoint or log could not be written; the checkpoints that are there are whole."""
 NOT_FINITE = 5
 """Too many steps in a row had a loss or gradient that is not finite."""
+RANK_LOST = 6
+"""Another process of the run has ended, hangs or cannot be reached; it is named."""
 INTERRUPTED = 130
 """Ctrl-C: after a checkpoint, or at once if pressed twice."""
 TERMINATED = 143

@@ -65,21 +65,28 @@ class PairPack:
 class Preference:
     """DPO (arXiv:2305.18290, eq. 7). The reference is the model without its adapters, asked once a pair and kept."""
 
-    def __init__(self, model: Blip3, cfg: DpoConfig) -> None:
+    def __init__(self, model: Blip3, cfg: DpoConfig, *, is_kept: bool = True) -> None:
+        """`is_kept`: without it the reference is asked each time, so that every rank runs the model as often."""
         self.model = model
+        self.is_kept = is_kept
         self.beta = cfg.beta
         self.label_smoothing = cfg.label_smoothing
         self.reference = ReferenceCache("this process's model without its adapters")
 
     def loss(self, batch: PairPack) -> LossSum:
         """Sum over the batch's pairs; parts: reward accuracy and margin, summed."""
-        if self.reference.missing(batch.sample_ids):
+        if self.reference.missing(batch.sample_ids) or not self.is_kept:
             with torch.no_grad(), disabled(self.model):
                 chosen, rejected = self._log_probs(batch)
+            if not batch.sample_ids:
+                # Nothing is left in the pack, but the model is run as for any other.
+                return LossSum(self._log_probs(batch)[0].sum() * 0.0, 0)
             # A source of few pairs comes round within one pack; each pair is kept once.
             place_of = {sample_id: place for place, sample_id in enumerate(batch.sample_ids)}
             places = list(place_of.values())
             self.reference.put(list(place_of), chosen[places], rejected[places])
+        if not batch.sample_ids:
+            return LossSum(self._log_probs(batch)[0].sum() * 0.0, 0)
         output = dpo_loss(
             *self._log_probs(batch),
             *self.reference.get(batch.sample_ids),

@@ -1,6 +1,7 @@
 """Carry out a command line: all stages, one stage, or the warm-up; turn trouble into one message and an exit status."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from blip3_lite import Blip3, CheckpointError, FeatureCache, LoadedModel, Processor, load_tokenizer
 from blip3_lite.assembly import join_parts, load_tower
 from blip3_lite.checkpoint import read_config
+from blip3_lite.folder import file_sha256
 from blip3_lite.model import undrawn_model
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
@@ -25,12 +27,14 @@ from train_errors import (
     INTERRUPTED,
     NOT_FINITE,
     NOT_SAVED,
+    RANK_LOST,
     TERMINATED,
     TOO_MUCH_BAD_DATA,
     BadInputError,
     checking_input,
 )
 from train_exam import Exam, StageScores
+from train_fingerprints import code_fingerprint, num_processes, settings_fingerprint
 from train_language import run_language
 from train_report import write_run_report
 from train_stages import (
@@ -47,7 +51,22 @@ from train_stages import (
 )
 from train_vision import fit_warmup, warmup_trainer
 from train_world import WORLD_STAGES, stage_data, world_tokenizer
-from trainer_lite import NonFiniteError, RunFolder, SaveError, StopFlag, TqdmProgress, Trainer, keep_freed_memory
+from trainer_lite import (
+    NonFiniteError,
+    Processes,
+    Progress,
+    QuietProgress,
+    RankLostError,
+    RunFolder,
+    SaveError,
+    StopFlag,
+    TqdmProgress,
+    Trainer,
+    join,
+    keep_freed_memory,
+)
+from trainer_lite.engine import check_deepspeed
+from trainer_lite.loop import check_division
 
 _TOKENIZER_SAMPLES = 2000
 
@@ -60,6 +79,8 @@ def run(command: Command) -> int:
         is_finished = _dispatch(command, stop)
     except BadInputError as error:
         return _fail(BAD_INPUT, error)
+    except RankLostError as error:
+        return _fail(RANK_LOST, error)
     except (TooManySkips, DataError, WorkerError) as error:
         return _fail(TOO_MUCH_BAD_DATA, error)
     except SaveError as error:
@@ -84,6 +105,11 @@ def _fail(status: int, error: Exception | str) -> int:
 
 
 def _dispatch(command: Command, stop: StopFlag) -> bool:
+    if num_processes() > 1 and not isinstance(command.config, StageRun):
+        raise BadInputError(
+            f"processes: expected one for {command.recipe}, got {num_processes()}; start it without torchrun, or name "
+            "a stage, as sft"
+        )
     if command.is_dry_run and isinstance(command.config, StageRun):
         return _dry_run(command.recipe, command.config, command.plan)
     if isinstance(command.config, DemoRun):
@@ -92,7 +118,20 @@ def _dispatch(command: Command, stop: StopFlag) -> bool:
         return run_language(command.recipe, command.config, stop)
     if isinstance(command.config, WarmupRun):
         return _run_warmup_alone(command.recipe, command.config, stop)
-    return _run_stage_alone(command.recipe, command.config, stop)
+    with checking_input():
+        check_deepspeed(command.config.parallel)
+        check_division(command.config.stage.train.accumulation_steps, num_processes())
+    with _joined(command.config) as processes:
+        return _run_stage_alone(command.recipe, command.config, stop, processes)
+
+
+@contextmanager
+def _joined(config: StageRun) -> Generator[Processes]:
+    """The other processes of the run; what fails while they meet is bad input."""
+    with ExitStack() as stack:
+        with checking_input():
+            processes = stack.enter_context(join(config.parallel))
+        yield processes
 
 
 def _run_warmup_alone(recipe: str, config: WarmupRun, stop: StopFlag) -> bool:
@@ -114,39 +153,53 @@ def _run_warmup_alone(recipe: str, config: WarmupRun, stop: StopFlag) -> bool:
     return not stop.is_set
 
 
-def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
+def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: Processes) -> bool:
     path = run_path(recipe, config.out)
     with checking_input():
         data = _stage_data(recipe, config)
+        if processes.count > 1:
+            settings = settings_fingerprint(recipe, config)
+            processes.agree({"code": code_fingerprint(), "settings": settings, "data": data.fingerprint})
         # A run of which there is only a folder has died before it was one.
         is_new = config.resume is None or (config.resume == AUTO and not RunFolder(path).config_path.exists())
-        run_folder = None if is_new else RunFolder.reopen(path)
-        resume = None if run_folder is None else _resume_point(run_folder, str(config.resume))
+        # As the first process sees it, before it makes the folder.
+        is_new = processes.share(is_new)[0]
+        run_folder = None if is_new else _reopened(path, processes)
+        resume = None if run_folder is None else _agreed_resume_point(run_folder, str(config.resume), processes)
         torch.manual_seed(config.stage.train.seed)
         model, processor = _new_model(config, data) if resume is None else _model_shell(resume, data)
         if run_folder is None:
-            run_folder = RunFolder.create(
-                path, {"recipe": recipe, "config": msgspec.structs.replace(config, resume=None)}
-            )
-        elif resume is None:
+            run_folder = _created(path, recipe, config, processes)
+        elif resume is None and processes.is_first:
             run_folder.rewind(recipe, 0)
-        features = None if config.stage.trains_tower else _feature_cache(model, config)
+        # Kept features call the tower as often as there are new pictures: not where it is cut in parts.
+        is_cut = config.parallel.engine != "ddp"
+        features = None if config.stage.trains_tower or is_cut else _feature_cache(model, config)
         trainer = stage_trainer(
             recipe,
             config.stage,
             model,
             processor,
             data,
-            stream=make_stream(config.stage, data, processor, features),
+            stream=make_stream(config.stage, data, processor, features, processes),
             run=run_folder,
-            progress=TqdmProgress(),
+            progress=_progress(processes),
             stop=stop,
+            processes=processes,
+            parallel=config.parallel,
         )
         if resume is not None:
             trainer.resume(resume, accept_data_change=config.accept_data_change)
-            say(f"going on from {resume}, behind step {trainer.counters.step}")
-    announce(model, path)
+            if processes.is_first:
+                say(f"going on from {resume}, behind step {trainer.counters.step}")
+    if processes.is_first:
+        announce(model, path)
+        if processes.count > 1 or config.parallel.engine != "ddp":
+            say(f"{processes.count} processes, {config.parallel.engine}")
     result = fit_stage(trainer, model)
+    processes.part()
+    if not processes.is_first:
+        return not stop.is_set
     if result.checkpoint is not None:
         say(f"checkpoint {result.checkpoint}")
     if run_folder.skips.path.exists():
@@ -155,6 +208,9 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag) -> bool:
         _report(run_folder, recipe, trainer)
         say(f"stopped at step {result.counters.step}; continue with uv run apps/train {recipe} --out {path} --resume")
         return False
+    if config.eval_questions > 0 and is_cut:
+        say("no questions are asked where the model is in parts: --init the checkpoint with --max-steps 1 asks them")
+        return True
     if config.stage.use_lora:
         merge_adapters(model)
     scores: dict[str, StageScores] = {}
@@ -177,6 +233,46 @@ def _report(
     }
     if write_run_report(run_folder, recipe, facts, scores):
         say(f"report {run_folder.report_path}")
+
+
+def _reopened(path: Path, processes: Processes) -> RunFolder:
+    """The run's folder; the first process alone holds and clears it."""
+    found: list[RunFolder] = [RunFolder(path)]
+
+    def reopen() -> None:
+        if processes.is_first:
+            found[0] = RunFolder.reopen(path)
+
+    processes.together("run folder", reopen)
+    return found[0]
+
+
+def _created(path: Path, recipe: str, config: StageRun, processes: Processes) -> RunFolder:
+    found: list[RunFolder] = [RunFolder(path)]
+
+    def create() -> None:
+        if processes.is_first:
+            saved = {"recipe": recipe, "config": msgspec.structs.replace(config, resume=None)}
+            found[0] = RunFolder.create(path, saved)
+
+    processes.together("run folder", create)
+    return found[0]
+
+
+def _agreed_resume_point(run_folder: RunFolder, wish: str, processes: Processes) -> Path | None:
+    """The checkpoint that the first process finds; the others must see the same one."""
+    found = _resume_point(run_folder, wish) if processes.is_first else None
+    first = processes.share(None if found is None else str(found))[0]
+    if first is None:
+        return None
+    manifest = Path(first) / "MANIFEST.json"
+    seen = file_sha256(manifest) if manifest.is_file() else "no such folder"
+    processes.agree({f"checkpoint {first}": seen})
+    return Path(first)
+
+
+def _progress(processes: Processes) -> Progress:
+    return TqdmProgress() if processes.is_first else QuietProgress()
 
 
 def _stage_data(recipe: str, config: StageRun) -> StageData:

@@ -11,7 +11,8 @@ import torch
 
 import lora_lite
 from blip3_lite import Blip3, EncodedSample, FeatureCache, PackedBatch, Processor, collate
-from blip3_lite.checkpoint import WEIGHTS, load_tensors, model_writers
+from blip3_lite.batch import IGNORE_INDEX
+from blip3_lite.checkpoint import WEIGHTS, load_tensors, model_writers, weights_file
 from fused_kernels import backend_report
 from interleave_data import (
     Encoder,
@@ -32,7 +33,17 @@ from interleave_data import (
 )
 from train_config import StageConfig
 from train_objectives import NextToken, PairPack, Preference, SamplePair
-from trainer_lite import FitResult, IndexProgress, Progress, RunFolder, StopFlag, Trainer
+from trainer_lite import (
+    FitResult,
+    IndexProgress,
+    ParallelConfig,
+    Processes,
+    Progress,
+    RunFolder,
+    StopFlag,
+    Trainer,
+)
+from weight_files import unique_tensors
 
 IMAGE_CACHE_BYTES = 3 << 27
 """Tiles of images are kept up to this much, so that a repeated picture is decoded and cut once."""
@@ -131,9 +142,11 @@ class PackStream:
         objective: Literal["next_token", "preference"],
         features: FeatureCache | None,
         skips: list[tuple[str, SkipSample]],
+        idle: PackedBatch,
     ) -> None:
-        """`skips`: where the stream's counter puts what was left out (see `make_stream`)."""
+        """`skips`: where the stream's counter puts what was left out (see `make_stream`). `idle`: for an empty pack."""
         self._stream, self._objective, self._features, self._skips = stream, objective, features, skips
+        self._idle = idle
 
     @property
     def skipped(self) -> Mapping[str, int]:
@@ -166,7 +179,9 @@ class PackStream:
         with self._stream:
             for batch in self._stream:
                 ids = list(batch.ids)
-                if self._features is None:
+                if not ids:
+                    pack = self._idle
+                elif self._features is None:
                     pack = PackedBatch.from_arrays({**batch.data, "sample_ids": ids})
                 else:
                     samples = [EncodedSample.from_arrays(arrays) for arrays in batch.data]
@@ -207,7 +222,16 @@ class CheckpointFiles:
 
     def load(self, folder: Path) -> None:
         """Load the weights strictly."""
-        load_tensors(self.model, folder / WEIGHTS)
+        load_tensors(self.model, weights_file(folder))
+
+    @property
+    def weights(self) -> str:
+        """The file that several processes write as shards."""
+        return WEIGHTS
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The live tensors of that file."""
+        return unique_tensors(self.model)
 
 
 def freeze(model: Blip3, stage: StageConfig) -> None:
@@ -246,8 +270,17 @@ def _window(stage: StageConfig, data: StageData) -> int:
     return stage.max_samples
 
 
-def make_stream(stage: StageConfig, data: StageData, processor: Processor, features: FeatureCache | None) -> PackStream:
+def make_stream(
+    stage: StageConfig,
+    data: StageData,
+    processor: Processor,
+    features: FeatureCache | None,
+    processes: Processes | None = None,
+) -> PackStream:
     """The stage's batches; lengths that `tools/index.py` has measured for this processor are taken from the index.
+
+    Of several processes each gets its share, and all count what any of them leaves out. A pack in which nothing is left
+    counts as a pack of its step, for any number of processes.
 
     Raises:
         ValueError: settings and data do not fit each other.
@@ -260,15 +293,37 @@ def make_stream(stage: StageConfig, data: StageData, processor: Processor, featu
         if isinstance(source, RecordSource):
             source.use_lengths(processor.size_fingerprint)
     left_out: list[tuple[str, SkipSample]] = []
+    processes = Processes() if processes is None else processes
     stream: Stream[Any, Any] = Stream(
         data.sources,
         StageEncoder(processor, stage.objective, is_collated=features is None),
         plan_config(stage, data, stage.train.seed),
         num_workers=stage.num_workers,
         data_timeout_s=stage.data_timeout_s,
+        rank=processes.rank,
+        num_ranks=processes.count,
+        exchange=processes.exchange if processes.count > 1 else None,
+        keep_empty=True,
         skips=SkipCounter(data.skip_limits, on_skip=lambda source, skip: left_out.append((source, skip))),
     )
-    return PackStream(stream, stage.objective, features, left_out)
+    return PackStream(stream, stage.objective, features, left_out, _idle_pack(processor, stage.objective))
+
+
+def _idle_pack(processor: Processor, objective: Literal["next_token", "preference"]) -> PackedBatch:
+    """Documents of one token without a target: for a pack in which nothing is left."""
+    cfg = processor.cfg
+    num_documents = 2 if objective == "preference" else 1
+    side, num_patches = cfg.tiling.tile_px, cfg.vision.grid_side**2
+    return PackedBatch(
+        sample_ids=[],
+        ids=torch.zeros(num_documents, dtype=torch.int64),
+        targets=torch.full((num_documents,), IGNORE_INDEX),
+        positions=torch.zeros(num_documents, dtype=torch.int64),
+        cu_seqlens=torch.arange(num_documents + 1, dtype=torch.int32),
+        image_index=torch.zeros(0, dtype=torch.int64),
+        tiles=torch.zeros(0, 3, side, side, dtype=torch.uint8),
+        valid=torch.zeros(0, num_patches, dtype=torch.bool),
+    )
 
 
 def base_view_processor(processor: Processor) -> Processor:
@@ -304,6 +359,8 @@ def stage_trainer(
     progress: Progress,
     stop: StopFlag,
     first_step: int = 0,
+    processes: Processes | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> Trainer[Any]:
     """Make one stage ready for `fit_stage`: freeze plan, adapters. `stream`: of this stage and data (`make_stream`).
 
@@ -311,8 +368,12 @@ def stage_trainer(
         ValueError: an adapter's target is not in the model.
     """
     freeze(model, stage)
+    parallel = ParallelConfig() if parallel is None else parallel
+    model.recompute_layers(parallel.recompute)
+    # What is cut in parts is brought together where modules are called: the same ones then on every rank.
+    model.always_sees = is_cut = parallel.engine != "ddp"
     return Trainer(
-        model=Preference(model, stage.dpo) if stage.objective == "preference" else NextToken(model),
+        model=Preference(model, stage.dpo, is_kept=not is_cut) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),
         stream=stream,
         cfg=stage.train,
@@ -323,6 +384,9 @@ def stage_trainer(
         data_fingerprint=data.fingerprint,
         progress=progress,
         stop=stop,
+        processes=processes,
+        parallel=parallel,
+        network=model,
     )
 
 

@@ -1,8 +1,10 @@
 """A tiny regression with dropout, its endless seeded stream, and its files: all that a Trainer needs."""
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer_lite import LossSum, TrainConfig, Trainer
+
+# Helpers of several test files, one of them a program that is started too.
+for _name in ("ranks_run", "ranks"):
+    _spec = spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules[_name] = module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_name])
 
 
 @dataclass

@@ -25,6 +25,8 @@ from .processor import Processor, load_tokenizer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+"""In its place where several processes have written their shares of the weights."""
 
 __all__ = [
     "CONFIG",
@@ -154,18 +156,24 @@ def load_model(
     manifest = read_manifest(path, verify)
     _check_listed(path, manifest, [CONFIG])
     config = read_config(path)
-    _check_listed(path, manifest, [WEIGHTS, config.tokenizer_file])
+    weights = weights_file(path)
+    _check_listed(path, manifest, [weights.name, config.tokenizer_file])
     processor = Processor(config.model, load_tokenizer(path / config.tokenizer_file))
     # Frozen before the adapters take note of it: merging them for good then leaves frozen matrices.
-    model = undrawn_model(config.model, _dtype_of(path / WEIGHTS) if dtype is None else dtype).requires_grad_(False)
+    model = undrawn_model(config.model, _dtype_of(weights) if dtype is None else dtype).requires_grad_(False)
     if config.lora is not None:
         with torch.device("meta"):
             lora_lite.attach(model.lang_model, config.lora)
     model.to_empty(device=device).requires_grad_(False)
     if on_count is not None:
         on_count(len(unique_tensors(model)))
-    load_tensors(model, path / WEIGHTS, on_tensor)
+    load_tensors(model, weights, on_tensor)
     return LoadedModel(model.eval(), processor, config)
+
+
+def weights_file(path: Path) -> Path:
+    """The file of a checkpoint's weights, or the index of its shards; what `load_tensors` takes."""
+    return path / (WEIGHTS_INDEX if (path / WEIGHTS_INDEX).is_file() else WEIGHTS)
 
 
 def _check_listed(path: Path, manifest: Mapping[str, object], names: Iterable[str]) -> None:
@@ -179,7 +187,9 @@ def _check_listed(path: Path, manifest: Mapping[str, object], names: Iterable[st
 
 
 def load_tensors(module: nn.Module, file: Path, on_tensor: Callable[[str], None] | None = None) -> None:
-    """Copy the tensors of a safetensors file into `module`, one by one; nothing is copied unless all of them fit.
+    """Copy the tensors of a safetensors file, or of the shards of an index, into `module`, one by one.
+
+    Nothing is copied unless all of them fit.
 
     on_tensor: called with each tensor's name once it is there.
 

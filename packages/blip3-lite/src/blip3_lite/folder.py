@@ -57,23 +57,33 @@ class UnfinishedFolder:
         self.path = path
         self._names = list(writers)
         self._work = path.parent / f".{path.name}.writing-{os.getpid()}"
+        self._given: dict[str, Mapping[str, object]] = {}
         self._work.mkdir()
         try:
             for name, write in writers.items():
                 write(self._work / name)
         except SafetensorError as error:
             self.discard()
-            raise _as_os_error(error) from error
+            raise as_os_error(error) from error
         except BaseException:
             self.discard()
             raise
+
+    @property
+    def work(self) -> Path:
+        """The temporary folder, for files that others write."""
+        return self._work
+
+    def add(self, files: Mapping[str, Mapping[str, object]]) -> None:
+        """Take in files that others have written into `work` and synced, with their entries of the manifest."""
+        self._given.update(files)
 
     def finish(self, manifest: Mapping[str, object]) -> None:
         """Sync the files, write MANIFEST.json last, and rename; a failure removes the temporary folder."""
         work, path = self._work, self.path
         replaced = path.parent / f".{path.name}.writing-old"
         try:
-            files: dict[str, dict[str, object]] = {}
+            files: dict[str, Mapping[str, object]] = dict(self._given)
             for name in self._names:
                 _sync(work / name)
                 files[name] = {"bytes": (work / name).stat().st_size, "sha256": file_sha256(work / name)}
@@ -125,8 +135,8 @@ def clear_unfinished(parent: Path, name: str = "*") -> None:
         shutil.rmtree(stale)
 
 
-def _as_os_error(error: SafetensorError) -> OSError:
-    """What safetensors says of a full disk is no OSError; its text ends in "(os error 28)"."""
+def as_os_error(error: SafetensorError) -> OSError:
+    """The same as an OSError: what safetensors says of a full disk is none; its text ends in "(os error 28)"."""
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 

@@ -28,6 +28,9 @@ class Blip3(nn.Module):
         """Make the model with fresh weights, drawn with `generator` on its device (None: torch's global one)."""
         super().__init__()
         self.cfg = cfg
+        self.always_sees = False
+        """Run tower and connector on an empty tile, at no weight, where a batch has no picture. Processes that hold
+        parts of one model need it: they must call the same modules for each batch."""
         # The parts' constructors draw from the global generator, but not for tensors on the meta device.
         with nullcontext() if generator is None else torch.device("meta"):
             self.vision_encoder = SiglipVision(cfg.vision)
@@ -78,8 +81,20 @@ class Blip3(nn.Module):
         """Text embeddings with the image tokens in their slots."""
         embeds = self.lang_model.embed(batch.ids)
         if batch.valid.shape[0] == 0:
-            return embeds
+            return embeds + 0.0 * self._idle_tokens().sum() if self.always_sees else embeds
         return place_image_tokens(embeds, self.image_tokens(batch), batch.image_index)
+
+    def _idle_tokens(self) -> Float[Tensor, "m d"]:
+        """Image tokens of an empty tile."""
+        side, num_patches = self.cfg.tiling.tile_px, self.cfg.vision.grid_side**2
+        tiles = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
+        valid = torch.ones(1, num_patches, dtype=torch.bool, device=self.device)
+        return self.vision_tokenizer(self.patch_features(tiles, valid), valid).flatten(0, 1)
+
+    def recompute_layers(self, is_wanted: bool = True) -> None:
+        """Keep no activations of the layers of tower and language model in training (checkpointing), or keep them."""
+        self.vision_encoder.encoder.recomputes = is_wanted
+        self.lang_model.model.recomputes = is_wanted
 
     def forward(self, batch: PackedBatch) -> Float[Tensor, "t d"]:
         """Hidden states after the final norm; the head is applied only where it is needed."""

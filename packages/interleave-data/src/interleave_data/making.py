@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import msgspec
+
 from .config import PlanConfig
-from .errors import DataError, SkipSample
+from .errors import DataError, SkipReason, SkipSample
 from .plan import Hole, Plan, PlannedPack
 from .samples import Size
 from .sources import AnySample, ReadsAhead, Source
@@ -73,6 +75,42 @@ class Event(NamedTuple):
     hole: Hole | None = None
     """None for a good one."""
     is_truncated: bool = False
+
+
+_SentEvent = tuple[str, tuple[str, str, str, bool] | None, bool]
+
+
+def encode_events(events: Sequence[Event]) -> bytes:
+    """Events as bytes for another process. Strings that a file gave may be no UTF-8."""
+    sent = [
+        (
+            event.source,
+            None
+            if event.hole is None
+            else (
+                event.hole.reason.value,
+                sendable(event.hole.detail),
+                sendable(event.hole.where),
+                event.hole.follows_good,
+            ),
+            event.is_truncated,
+        )
+        for event in events
+    ]
+    return msgspec.msgpack.encode(sent)
+
+
+def decode_events(content: bytes) -> list[Event]:
+    """Undo `encode_events`."""
+    return [
+        Event(source, None if hole is None else Hole(source, SkipReason(hole[0]), *hole[1:]), is_truncated)
+        for source, hole, is_truncated in msgspec.msgpack.decode(content, type=list[_SentEvent])
+    ]
+
+
+def sendable(text: str) -> str:
+    """As UTF-8 can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Generic, cast
 from .changes import shards_of
 from .config import PlanConfig
 from .errors import SkipCounter
-from .making import Encoded, Encoder, Made, Maker, Packed
+from .making import Encoded, Encoder, Event, Made, Maker, Packed, decode_events, encode_events
 from .plan import Plan
 from .samples import samples_digest
 from .sources import Source
@@ -62,11 +62,17 @@ class Stream(Generic[Encoded, Packed]):
         num_workers: int = 0,
         data_timeout_s: float = 600.0,
         skips: SkipCounter | None = None,
+        exchange: Callable[[bytes], Sequence[bytes]] | None = None,
+        keep_empty: bool = False,
     ) -> None:
         """Open the stream at its beginning; nothing is read before the first batch is asked for.
 
         `rank` of `num_ranks` gets every so many-th pack; with more than one rank a pack in which nothing is left comes
-        as a batch of nothing, as the ranks must keep in step, and each counts the holes of its own packs.
+        as a batch of nothing, as the ranks must keep in step, and each counts the holes of its own packs. With an
+        `exchange`, which gives every rank what each of them brings, by rank, each counts the holes of all, in the order
+        of the packs, and the state is the same on every rank; all ranks must then ask for batches alike.
+        `keep_empty`: also one rank alone gives out packs of nothing, so that a step of so many packs is the same for
+        any number of ranks.
         `data_timeout_s` bounds the wait for one pack of a worker.
 
         Raises:
@@ -78,6 +84,7 @@ class Stream(Generic[Encoded, Packed]):
             raise ValueError(f"data_timeout_s: expected above 0, got {data_timeout_s}; use several minutes")
         self._maker = Maker(sources, encoder, cfg, rank=rank, num_ranks=num_ranks)
         self._num_workers, self._timeout_s = num_workers, data_timeout_s
+        self._exchange, self._keep_empty = exchange, keep_empty or num_ranks > 1
         self.skips = skips or SkipCounter()
         self.waited_s = 0.0
         """Seconds that `next` has waited for packs so far; without workers, those that it took to make them."""
@@ -103,15 +110,21 @@ class Stream(Generic[Encoded, Packed]):
             # With workers, what was read again here was so on opening.
             for retried in (*self._maker.take_retries(), *made.retried):
                 self.skips.retry(*retried)
-            for event in made.events:
+            for event in self._events(made):
                 if event.hole is not None:
                     self.skips.skip(event.source, event.hole.skip, event.hole.follows_good)
                     continue
                 self.skips.keep(event.source)
                 if event.is_truncated:
                     self.skips.truncate(event.source)
-            if made.ids or self._maker.num_ranks > 1:
+            if made.ids or self._keep_empty:
                 return Batch(made.number, made.data, made.ids, made.size.tokens, made.size.tiles)
+
+    def _events(self, made: Made[Packed]) -> Sequence[Event]:
+        """What became of the samples of this rank's pack, or of all ranks' packs of the round."""
+        if self._exchange is None:
+            return made.events
+        return [event for part in self._exchange(encode_events(made.events)) for event in decode_events(part)]
 
     def start(self) -> None:
         """Let workers begin before the first batch is asked for; without workers there is nothing to start."""

@@ -26,9 +26,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DataError, SkipReason, StoppedWaiting, WorkerError
-from .making import Encoded, Event, Made, Maker, Packed, Retried
-from .plan import Hole
+from .errors import DataError, StoppedWaiting, WorkerError
+from .making import Encoded, Made, Maker, Packed, Retried, decode_events, encode_events, sendable
 from .samples import Size
 
 _PACKS_AHEAD = 2
@@ -58,7 +57,8 @@ class _Body(msgspec.Struct, array_like=True):
     data: Any
     ids: list[bytes]
     size: tuple[int, int]
-    events: list[tuple[str, tuple[str, str, str, bool] | None, bool]]
+    events: msgspec.Raw
+    """See `making.encode_events`."""
     state: dict[str, Any]
     retried: list[tuple[str, int, str]]
 
@@ -104,23 +104,9 @@ def _body_of(made: Made[Any]) -> _Body:
         data=made.data,
         ids=[name.encode("utf-8", "surrogatepass") for name in made.ids],
         size=(made.size.tokens, made.size.tiles),
-        events=[
-            (
-                event.source,
-                None
-                if event.hole is None
-                else (
-                    event.hole.reason.value,
-                    _sendable(event.hole.detail),
-                    _sendable(event.hole.where),
-                    event.hole.follows_good,
-                ),
-                event.is_truncated,
-            )
-            for event in made.events
-        ],
+        events=msgspec.Raw(encode_events(made.events)),
         state=dict(made.state),
-        retried=[(source, count, _sendable(last)) for source, count, last in made.retried],
+        retried=[(source, count, sendable(last)) for source, count, last in made.retried],
     )
 
 
@@ -136,17 +122,10 @@ def _made_of(message: _Message, buffers: list[bytearray]) -> Made[Any]:
         data=body.data,
         ids=tuple(name.decode("utf-8", "surrogatepass") for name in body.ids),
         size=Size(*body.size),
-        events=tuple(
-            Event(source, None if hole is None else Hole(source, SkipReason(hole[0]), *hole[1:]), is_truncated)
-            for source, hole, is_truncated in body.events
-        ),
+        events=tuple(decode_events(body.events)),
         state=body.state,
         retried=tuple(Retried(*one) for one in body.retried),
     )
-
-
-def _sendable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class WorkerPool(Generic[Encoded, Packed]):
@@ -316,7 +295,7 @@ def _work(
                 if connection.recv_bytes() == _ONE_MORE:
                     allowed.release()
                 else:
-                    _send(connection, lock, "reading", _sendable(maker.plan.reading))
+                    _send(connection, lock, "reading", sendable(maker.plan.reading))
             except (EOFError, OSError):
                 os._exit(0)
 
@@ -353,4 +332,4 @@ def _fault_of(error: Exception) -> _Fault:
     is_value_error = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
     kind = "DataError" if isinstance(error, DataError) else "ValueError" if is_value_error else type(error).__name__
     trace = "".join(traceback.format_exception(error))
-    return _Fault(kind, _sendable(str(error)), _sendable(trace))
+    return _Fault(kind, sendable(str(error)), sendable(trace))

@@ -17,12 +17,14 @@ row that outgrows the original window is filled again by the very `step` or `pre
 from collections.abc import Callable, Collection
 from functools import partial
 from itertools import pairwise
+from typing import cast
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fused_kernels import attention, packed_attention, plan_packing, rms_norm, rotary_embedding, swiglu
 
@@ -170,6 +172,8 @@ class Decoder(nn.Module):
         self.embed_tokens = TokenEmbedding(cfg.vocab_size, cfg.width)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.recomputes = False
+        """Keep no activations of the layers in training: the backward pass computes them again (checkpointing)."""
 
     def forward(
         self, x: Float[Tensor, "t d"], positions: Int[Tensor, " t"], extents: Int[Tensor, " t"] | None, attend: Attend
@@ -177,7 +181,10 @@ class Decoder(nn.Module):
         """Return the residual after the last layer, before the final norm; `extents` as in `rotary_tables`."""
         cos, sin = rotary_tables(self.cfg, positions, extents)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, partial(attend, index))
+            if self.recomputes and x.requires_grad and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(layer, x, cos, sin, partial(attend, index), use_reentrant=False))
+            else:
+                x = layer(x, cos, sin, partial(attend, index))
         return x
 
 

@@ -4,10 +4,13 @@ Parameter names are those of the published checkpoints. Source: SigLIP, arXiv:23
 arXiv:2010.11929 without a class token.
 """
 
+from typing import cast
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fused_kernels import attention, gelu_tanh, layer_norm
 
@@ -78,11 +81,16 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(
             EncoderLayer(width, num_heads, mlp_width, layer_norm_eps) for _ in range(num_layers)
         )
+        self.recomputes = False
+        """Keep no activations of the blocks in training: the backward pass computes them again (checkpointing)."""
 
     def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
         """Apply all blocks."""
         for layer in self.layers:
-            x = layer(x, mask)
+            if self.recomputes and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(layer, x, mask, use_reentrant=False))
+            else:
+                x = layer(x, mask)
         return x
 
 

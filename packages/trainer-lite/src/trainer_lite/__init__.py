@@ -7,12 +7,14 @@ if TYPE_CHECKING:
 
     from .atomic import write_atomically as write_atomically
     from .config import OptimizerConfig as OptimizerConfig
+    from .config import ParallelConfig as ParallelConfig
     from .config import ScheduleConfig as ScheduleConfig
     from .config import TrainConfig as TrainConfig
     from .contract import Batch as Batch
     from .contract import LossSum as LossSum
     from .contract import ModelFiles as ModelFiles
     from .contract import NamesSkips as NamesSkips
+    from .contract import ShardedModelFiles as ShardedModelFiles
     from .contract import StepModel as StepModel
     from .contract import StopsWaiting as StopsWaiting
     from .contract import Stream as Stream
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from .planning import sent_bytes as sent_bytes
     from .planning import state_bytes as state_bytes
     from .planning import step_seconds as step_seconds
+    from .processes import Processes as Processes
+    from .processes import RankLostError as RankLostError
+    from .processes import join as join
     from .progress import IndexProgress as IndexProgress
     from .progress import Progress as Progress
     from .progress import QuietProgress as QuietProgress
@@ -65,16 +70,20 @@ _HOMES = {
     "NonFiniteError": "loop",
     "OptimizerConfig": "config",
     "Optimizers": "optimizer",
+    "ParallelConfig": "config",
     "PhaseTimer": "measure",
     "Picture": "report",
+    "Processes": "processes",
     "Progress": "progress",
     "QuietProgress": "progress",
+    "RankLostError": "processes",
     "Report": "report",
     "RunFolder": "run_folder",
     "SaveError": "run_folder",
     "ScheduleConfig": "config",
     "Sharding": "planning",
     "Share": "report",
+    "ShardedModelFiles": "contract",
     "StateBytes": "planning",
     "StepModel": "contract",
     "StepRecord": "metrics",
@@ -86,6 +95,7 @@ _HOMES = {
     "TrainConfig": "config",
     "Trainer": "loop",
     "group_parameters": "optimizer",
+    "join": "processes",
     "keep_freed_memory": "measure",
     "learning_rate_factor": "schedule",
     "orthogonalize": "muon",
@@ -112,14 +122,18 @@ __all__ = [
     "NonFiniteError",
     "OptimizerConfig",
     "Optimizers",
+    "ParallelConfig",
     "PhaseTimer",
     "Picture",
+    "Processes",
     "Progress",
     "QuietProgress",
+    "RankLostError",
     "Report",
     "RunFolder",
     "SaveError",
     "ScheduleConfig",
+    "ShardedModelFiles",
     "Sharding",
     "Share",
     "StateBytes",
@@ -133,6 +147,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "group_parameters",
+    "join",
     "keep_freed_memory",
     "learning_rate_factor",
     "orthogonalize",

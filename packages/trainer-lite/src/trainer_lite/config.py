@@ -112,3 +112,28 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         is_ratio = self.spike_ratio > 1 or (self.spike_ratio == 0 and not self.spike_guard)
         rule = "a number > 1" if self.spike_guard else "a number > 1, or 0"
         _require(is_ratio, "train.spike_ratio", rule, self.spike_ratio, "5 leaves ordinary noise alone")
+
+
+class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How several processes share the work. Nothing here moves the course of training beyond rounding."""
+
+    engine: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = "ddp"
+    """`ddp`: each process holds everything, gradients are summed; alone it is the plain loop. `zero1` to `zero3`:
+    DeepSpeed, which cuts the optimiser's state, then the gradients, then the parameters too; `zero0` cuts nothing."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in the host's memory and update there; with zero1, zero2 and zero3."""
+    offload_parameters: bool = False
+    """Keep the parameters in the host's memory until they are needed; with zero3."""
+    recompute: bool = False
+    """Compute each layer's activations a second time in the backward pass, and do not keep them (checkpointing)."""
+    timeout_s: float = 600.0
+    """Longest silence of a process, and longest wait of the others for it; then it is named and the run ends."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what does not go together."""
+        _require(self.timeout_s > 0, "parallel.timeout_s", "a number > 0", self.timeout_s, "use several minutes")
+        if self.offload_optimizer:
+            what = "parallel.offload_optimizer"
+            _require(self.engine in ("zero1", "zero2", "zero3"), what, "zero1, zero2 or zero3", self.engine, "name one")
+        if self.offload_parameters:
+            _require(self.engine == "zero3", "parallel.offload_parameters", "zero3", self.engine, "name it")

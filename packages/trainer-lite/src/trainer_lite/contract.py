@@ -56,7 +56,11 @@ class StepModel(Protocol[BatchT_contra]):
     """A model as the loop sees it."""
 
     def loss(self, batch: BatchT_contra) -> LossSum:
-        """Run the batch forward and return its summed loss."""
+        """Run the batch forward and return its summed loss.
+
+        With several processes a batch may be without samples; where parameters are cut in parts, the same modules must
+        be called for each batch, whatever is in it.
+        """
         ...
 
 
@@ -123,4 +127,18 @@ class ModelFiles(Protocol):
 
     def load(self, folder: Path) -> None:
         """Load the weights of a checkpoint folder strictly into the live model."""
+        ...
+
+
+@runtime_checkable
+class ShardedModelFiles(ModelFiles, Protocol):
+    """Model files whose weights several processes can write together; `load` also takes what they have written."""
+
+    @property
+    def weights(self) -> str:
+        """The one of `writers` that is replaced by shards, as "model.safetensors"."""
+        ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The live tensors of the weights, by their names in the file, each once."""
         ...

@@ -10,6 +10,10 @@
         write one line; now and then evaluate, save; stop if somebody asked to
 
 A resumed run continues bit for bit: parameters, moments, random states, counters and the stream's place are restored.
+
+With several processes each rank takes its batches of the step (r, r + W, … of the one stream), and all of them know
+every figure of the step: what is logged, decided and saved is what one process would. What differs between one and many
+is an `Engine`.
 """
 
 import math
@@ -21,24 +25,37 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from statistics import median
-from typing import Generic, Literal
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from blip3_lite import read_manifest
 from interleave_data import StoppedWaiting, samples_digest
 
 from .background import BackgroundSave
-from .config import TrainConfig
-from .contract import BatchT, ModelFiles, NamesSkips, StepModel, StopsWaiting, Stream, TellsChanges
+from .config import ParallelConfig, TrainConfig
+from .contract import (
+    BatchT,
+    LossSum,
+    ModelFiles,
+    NamesSkips,
+    ShardedModelFiles,
+    StepModel,
+    StopsWaiting,
+    Stream,
+    TellsChanges,
+)
+from .engine import OneProcess, make_engine
 from .guards import LeftOut, StepLog, is_spike, left_out, with_loss
 from .metrics import StepRecord, format_count, format_record
 from .optimizer import Optimizers
+from .processes import Processes
 from .progress import Progress, QuietProgress
 from .run_folder import RunFolder, SaveError
 from .schedule import learning_rate_factor
+from .shards import model_tensors, state_tensors, write_shard
 from .stop import StopFlag
 from .train_state import (
     Counters,
@@ -49,10 +66,11 @@ from .train_state import (
     read_state,
     rng_state,
     set_rng_state,
-    state_keys,
     state_writers,
 )
 from .update_sum import UpdateSum
+
+T = TypeVar("T")
 
 
 class NonFiniteError(RuntimeError):
@@ -82,6 +100,10 @@ class Trainer(Generic[BatchT]):
     `run` gives it a place for metrics and, with `files`, for checkpoints, whose folders are numbered from `first_step`
     on (the steps of the stages before). `evaluate(step)` is called without a trace on the random state; what it returns
     goes into the log. `stop` may be shared by several stages.
+
+    With several `processes` each has a trainer of its own, whose stream gives its rank's share of each step, and
+    `parallel` names the engine; `network` is the module of the parameters, for engines that cut it in parts. Only the
+    first rank writes to `run`.
     """
 
     def __init__(
@@ -100,6 +122,9 @@ class Trainer(Generic[BatchT]):
         evaluate: Callable[[int], Mapping[str, float]] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         stop: StopFlag | None = None,
+        processes: Processes | None = None,
+        parallel: ParallelConfig | None = None,
+        network: nn.Module | None = None,
     ) -> None:
         if (cfg.save_every > 0 or files is not None) and (run is None or files is None):
             raise ValueError(
@@ -111,11 +136,33 @@ class Trainer(Generic[BatchT]):
         self.progress: Progress = QuietProgress() if progress is None else progress
         self.evaluate, self.on_step = evaluate, on_step
         self.stop = StopFlag() if stop is None else stop
+        self.processes = Processes() if processes is None else processes
+        check_division(cfg.accumulation_steps, self.processes.count)
         self.optimizers = Optimizers(parameters, cfg.optimizer)
+        self.engine = make_engine(
+            model, network, self.optimizers, cfg, ParallelConfig() if parallel is None else parallel, self.processes
+        )
+        if self._is_shared and files is not None and not isinstance(files, ShardedModelFiles):
+            raise ValueError(
+                f"Trainer: expected files whose weights several processes can write (ShardedModelFiles), got "
+                f"{files!r}; give it `weights` and `tensors`"
+            )
+        self._is_started = False
+        self._is_stopping = False
         self.counters = Counters()
         self._saving: BackgroundSave | None = None
         self._saving_step = 0
-        self._device = next(iter(self.optimizers.parameters.values())).device
+        self._device = self.optimizers.device
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether a step is put together from what ranks tell each other; one alone may be cut in parts as well."""
+        return self.processes.count > 1 or not isinstance(self.engine, OneProcess)
+
+    def _start(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            self.engine.start()
 
     def resume(self, folder: Path, *, accept_changes: bool = False, accept_data_change: bool = False) -> None:
         """Continue from a checkpoint folder; its files are compared with its manifest first.
@@ -159,10 +206,12 @@ class Trainer(Generic[BatchT]):
             load_state(saved.stream, accept_data_change=True)
         else:
             self.stream.load_state_dict(saved.stream)
-        if self.run is not None:
+        if self.run is not None and self.processes.is_first:
             self.run.rewind(self.stage, saved.counters.step)
+        # The weights are in: parameters that are cut in parts are cut from them.
+        self._start()
         # Last, so that nothing above can draw from the restored generators.
-        load_tensors(folder, saved.parameters, self.optimizers)
+        load_tensors(folder, saved.parameters, self.engine.load_state)
 
     def fit(self) -> FitResult:
         """Train until max_steps, the end of the stream, or a wish to stop; save at the end if a step has been made.
@@ -176,11 +225,13 @@ class Trainer(Generic[BatchT]):
             ValueError: the model breaks the contract of `LossSum`.
         """
         cfg = self.cfg
+        self._start()
         if self.counters.step == 0:
             torch.manual_seed(cfg.seed)  # pyright: ignore[reportUnknownMemberType]
         reason: Literal["max_steps", "stream_end", "stopped"] = "max_steps"
         record: StepRecord | None = None
-        if isinstance(self.stream, StopsWaiting):
+        # Ranks go on together to the end of a step: one that left the others waiting would count as lost.
+        if isinstance(self.stream, StopsWaiting) and not self._is_shared:
             stop = self.stop
             # Of the flag alone: a stream that knew the trainer would keep both, and the run's lock, past their end.
             self.stream.stop_waiting_if(lambda: stop.is_set)
@@ -189,7 +240,7 @@ class Trainer(Generic[BatchT]):
         try:
             with self.stop.on_signals():
                 while self.counters.step < cfg.max_steps:
-                    if self.stop.is_set:
+                    if self._must_stop():
                         reason = "stopped"
                         break
                     try:
@@ -210,7 +261,9 @@ class Trainer(Generic[BatchT]):
         except KeyboardInterrupt:
             # Who asks twice does not want to wait.
             raise
-        except BaseException:
+        except BaseException as error:
+            if (lost := self.processes.explain(error)) is not None:
+                raise lost from error
             # Let the last good checkpoint become whole; the error at hand says more than one of its own.
             with suppress(SaveError):
                 self._end_saving()
@@ -229,11 +282,11 @@ class Trainer(Generic[BatchT]):
         start_s = time.perf_counter()
 
         waited_s = self._waited_s
-        self.optimizers.zero_grad()
+        self.engine.zero_grad()
         # Of the accumulation window some batches may have been consumed when the next one is not waited for any more.
         begun = (self.stream.state_dict(), rng_state()) if isinstance(self.stream, StopsWaiting) else None
         try:
-            update = self._gather(batches)
+            update = self._gather_shared(batches) if self._is_shared else self._gather(batches)
         except StoppedWaiting:
             if begun is not None:
                 self.stream.load_state_dict(begun[0])
@@ -245,17 +298,19 @@ class Trainer(Generic[BatchT]):
         if update is None:
             return None
         loss = update.loss
-        gradients = self.optimizers.gradients()
-        raw_norm = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
-        grad_norm = raw_norm / max(1, update.num_targets)
+        grad_norm = self.engine.gradient_norm(update.num_targets)
+        if self._is_shared:
+            grad_norm = self._agreed(grad_norm)
 
         factor = learning_rate_factor(counters.updates, cfg.max_steps, cfg.schedule)
         reason = left_out(loss, grad_norm, update.num_targets, counters.recent_losses, cfg)
         self._note_suspects(update, loss, grad_norm, reason)
+        self.processes.at(f"step {counters.step + 1}, update")
         if reason is None:
-            self._apply(gradients, grad_norm, update.num_targets, factor)
+            self.engine.update(update.num_targets, grad_norm, factor)
             counters.updates += 1
         else:
+            self.engine.drop()
             skipped = counters.skipped_updates
             counters.skipped_updates = {**skipped, reason: skipped.get(reason, 0) + 1}
         counters.nonfinite_in_a_row = counters.nonfinite_in_a_row + 1 if reason == "non_finite_update" else 0
@@ -305,31 +360,97 @@ class Trainer(Generic[BatchT]):
             batch = next(batches, None)
             if batch is None:
                 return update if index > 0 else None
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-                loss = self.model.loss(batch)
-            if loss.total.ndim != 0 or loss.num_targets < 0:
-                raise ValueError(
-                    f"loss of {batch.sample_ids[:3]}: expected a scalar sum over >= 0 targets, got shape "
-                    f"{tuple(loss.total.shape)} over {loss.num_targets}; sum it and count the targets"
-                )
+            loss = self._loss(batch)
             if loss.num_targets > 0:
-                if not loss.total.requires_grad:
-                    raise ValueError(
-                        f"loss of {batch.sample_ids[:3]}: expected one that depends on trainable parameters, got a "
-                        "constant; check the freeze plan"
-                    )
-                loss.total.backward()  # pyright: ignore[reportUnknownMemberType]
+                self.engine.backward(loss.total, 0, is_last=False)
             update.add(batch, loss)
         return update
 
-    def _apply(self, gradients: list[Tensor], grad_norm: float, num_targets: int, factor: float) -> None:
-        """Turn the summed gradients into clipped means, in one pass, and update the parameters."""
-        clip = self.cfg.grad_clip
-        scale = min(1.0, clip / grad_norm) if clip > 0 and grad_norm > 0 else 1.0
-        for gradient in gradients:
-            gradient.mul_(scale / num_targets)
-        self.optimizers.set_factor(factor)
-        self.optimizers.step()
+    def _loss(self, batch: BatchT) -> LossSum:
+        if not batch.sample_ids and not self._is_shared:
+            # A pack in which nothing is left: it counts as a batch, so that no later one moves.
+            return LossSum(torch.zeros(()), 0)
+        loss = self.engine.loss(batch)
+        if loss.total.ndim != 0 or loss.num_targets < 0:
+            raise ValueError(
+                f"loss of {batch.sample_ids[:3]}: expected a scalar sum over >= 0 targets, got shape "
+                f"{tuple(loss.total.shape)} over {loss.num_targets}; sum it and count the targets"
+            )
+        if loss.num_targets > 0 and not loss.total.requires_grad:
+            raise ValueError(
+                f"loss of {batch.sample_ids[:3]}: expected one that depends on trainable parameters, got a constant; "
+                "check the freeze plan"
+            )
+        return loss
+
+    def _gather_shared(self, batches: Iterator[BatchT]) -> UpdateSum | None:
+        """`_gather` by several processes: every rank computes its batches and knows the figures of all of them.
+
+        The batches are fetched first: the mean needs the targets of the whole step before the first backward pass,
+        since parts of a gradient may be summed and cut during it.
+        """
+        processes, step = self.processes, self.counters.step + 1
+        processes.at(f"step {step}, data")
+        own: list[BatchT] = []
+        for _ in range(self.cfg.accumulation_steps // processes.count):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            own.append(batch)
+        facts = _in_order(
+            processes.share(
+                [[batch.sample_ids, batch.num_targets, batch.num_tokens if batch.sample_ids else 0] for batch in own]
+            )
+        )
+        if not facts:
+            return None
+        update = UpdateSum()
+        for ids, num_targets, num_tokens in facts:
+            update.sample_ids += ids
+            update.num_targets += num_targets
+            update.num_tokens += num_tokens
+        before = rng_state()
+        sums: list[tuple[float, dict[str, float]] | None] = []
+        for index, batch in enumerate(own):
+            processes.at(f"step {step}, batch {index + 1}")
+            # So that what is drawn (dropout) depends on the batch's place, not on the rank that computes it.
+            torch.manual_seed(  # pyright: ignore[reportUnknownMemberType]
+                hash((self.cfg.seed, step, index * processes.count + processes.rank))
+            )
+            loss = self._loss(batch)
+            if loss.num_targets != batch.num_targets:
+                raise ValueError(
+                    f"loss of {batch.sample_ids[:3]}: expected the batch's {batch.num_targets} targets, got "
+                    f"{loss.num_targets}; with several processes they are counted before the forward pass"
+                )
+            if loss.total.requires_grad:
+                # Also without targets: then the sum is worth nothing, and its operations are run for the others' sake.
+                total = loss.total if loss.num_targets > 0 else loss.total.nan_to_num() * 0.0
+                self.engine.backward(total, update.num_targets, is_last=index == len(own) - 1)
+            sums.append((loss.total.item(), dict(loss.parts)) if loss.num_targets > 0 else None)
+        set_rng_state(before)
+        processes.at(f"step {step}, sums")
+        for summed in _in_order(processes.share(sums)):
+            if summed is not None:
+                update.totals.append(torch.tensor(summed[0]))
+                for name, value in summed[1].items():
+                    update.parts[name] = update.parts.get(name, 0.0) + value
+        return update
+
+    def _agreed(self, grad_norm: float) -> float:
+        """One figure for all ranks, so that all of them make or skip the update; not finite if it is so on one."""
+        self.processes.at(f"step {self.counters.step + 1}, gradient norm")
+        told = self.processes.share([grad_norm, self.stop.is_set])
+        self._is_stopping = any(is_set for _, is_set in told)
+        return next((norm for norm, _ in told if not math.isfinite(norm)), told[0][0])
+
+    def _must_stop(self) -> bool:
+        """Whether somebody has asked to; of several processes, whether one had been asked when the last step ended."""
+        if not self._is_shared:
+            return self.stop.is_set
+        if self._is_stopping:
+            self.stop.set("another rank was asked to stop")
+        return self._is_stopping
 
     def _evaluation(self) -> dict[str, float]:
         every = self.cfg.eval_every
@@ -341,7 +462,7 @@ class Trainer(Generic[BatchT]):
 
     def _note_suspects(self, update: UpdateSum, loss: float, grad_norm: float, reason: LeftOut | None) -> None:
         """Write down the samples of a step that is not finite, or of a spike, whether it is left out or not."""
-        if self.run is None:
+        if self.run is None or not self.processes.is_first:
             return
         step, recent = self.counters.step + 1, self.counters.recent_losses
         if reason == "non_finite_update":
@@ -359,7 +480,7 @@ class Trainer(Generic[BatchT]):
     def _note_skips(self) -> None:
         """Write down the samples that were left out on the way to this step's batches."""
         skips = self.stream.take_skips() if isinstance(self.stream, NamesSkips) else ()
-        if self.run is None:
+        if self.run is None or not self.processes.is_first:
             return
         for source, skip in skips:
             facts = {"reason": skip.reason.value, "detail": skip.detail}
@@ -376,7 +497,7 @@ class Trainer(Generic[BatchT]):
             self.progress.line(f"warning: {log.path}: {error.strerror}; a line is lost")
 
     def _log(self, record: StepRecord) -> None:
-        if self.run is not None:
+        if self.run is not None and self.processes.is_first:
             try:
                 self.run.metrics.append(record)
             except OSError as error:
@@ -391,7 +512,16 @@ class Trainer(Generic[BatchT]):
             self.on_step(record)
 
     def _save_on_the_way(self) -> None:
-        """Write a checkpoint's files now and let a thread make it whole, after the one before is whole."""
+        """Write a checkpoint's files now and let a thread make it whole, after the one before is whole.
+
+        Several processes make it whole at once: a rank's failure is then every rank's, at the same step.
+        """
+        if self._is_shared:
+            try:
+                self._save_together(is_kept=False)
+            except SaveError as error:
+                self._bear(error)
+            return
         self._end_saving()
         try:
             finish = self._begin_save(is_kept=False)
@@ -420,11 +550,13 @@ class Trainer(Generic[BatchT]):
     def _save_at_the_end(self, reason: Literal["max_steps", "stream_end", "stopped"]) -> Path | None:
         """Leave a checkpoint of the last step; None if no step has been made."""
         newest = self._end_saving()
-        if self.run is not None:
+        if self.run is not None and self.processes.is_first:
             self.run.metrics.sync()
         # Before the first step the folder of this number is the end of the stage before.
         if self.run is None or self.files is None or self.counters.step == 0:
             return None
+        if self._is_shared:
+            return self._save_together(is_kept=reason != "stopped")
         if reason == "stopped" and newest is not None and self._saving_step == self.counters.step:
             return newest
         # A stage's end is kept for good; a stopped one only waits to be resumed.
@@ -437,21 +569,76 @@ class Trainer(Generic[BatchT]):
             self.run.metrics.sync()
         except OSError as error:
             raise SaveError(f"{self.run.metrics.path}: expected to write it, got: {error}; make room") from error
-        state = SavedState(
+        writers = {**self.files.writers(), **state_writers(self._state(), self.optimizers)}
+        step = self.first_step + self.counters.step
+        finish = self.run.begin_checkpoint(step, writers, self.optimizers.num_bytes)
+        return partial(finish, self._manifest(is_kept), self.cfg.keep_last)
+
+    def _save_together(self, is_kept: bool) -> Path:
+        """Write a checkpoint whole, every rank its share of the tensors."""
+        assert self.run is not None
+        assert isinstance(self.files, ShardedModelFiles)
+        processes, files, count = self.processes, self.files, self.processes.count
+        processes.at(f"step {self.counters.step}, checkpoint")
+        try:
+            if processes.is_first:
+                self.run.metrics.sync()
+        except OSError as error:
+            raise SaveError(f"{self.run.metrics.path}: expected to write it, got: {error}; make room") from error
+        state = self._state()
+        writers = dict(state_writers(state, None))
+        if processes.is_first:
+            writers |= {name: write for name, write in files.writers().items() if name != files.weights}
+        parts = {
+            files.weights.removesuffix(".safetensors"): model_tensors(files.tensors(), self.optimizers),
+            "optimizer": state_tensors(state.parameters, self.optimizers),
+        }
+
+        def write(folder: Path, stem: str) -> list[str]:
+            return write_shard(folder, stem, parts[stem], self.engine)
+
+        return self.run.save_together(
+            self.first_step + self.counters.step,
+            writers,
+            [partial(write, stem=stem) for stem in parts],
+            {**self._manifest(is_kept), "num_processes": count},
+            self.cfg.keep_last,
+            processes,
+        )
+
+    def _state(self) -> SavedState:
+        return SavedState(
             stage=self.stage,
             counters=self.counters,
             stream=self.stream.state_dict(),
-            parameters=state_keys(self.optimizers),
+            parameters=self.engine.state_keys(),
             config=self.cfg,
             data_fingerprint=self.data_fingerprint,
         )
-        manifest = {
+
+    def _manifest(self, is_kept: bool) -> dict[str, object]:
+        return {
             "stage": self.stage,
             "step": self.counters.step,
             "data_fingerprint": self.data_fingerprint,
             "is_kept": is_kept,
         }
-        writers = {**self.files.writers(), **state_writers(state, self.optimizers)}
-        step = self.first_step + self.counters.step
-        finish = self.run.begin_checkpoint(step, writers, self.optimizers.num_bytes)
-        return partial(finish, manifest, self.cfg.keep_last)
+
+
+def check_division(accumulation_steps: int, count: int) -> None:
+    """Check that every process gets as many batches of a step.
+
+    Raises:
+        ValueError: they cannot; lists the numbers of processes that can.
+    """
+    if accumulation_steps % count:
+        fitting = [size for size in range(1, accumulation_steps + 1) if accumulation_steps % size == 0]
+        raise ValueError(
+            f"processes: expected a number that divides the {accumulation_steps} batches of a step "
+            f"(accumulation_steps), got {count}; use one of {', '.join(map(str, fitting))}"
+        )
+
+
+def _in_order(by_rank: Sequence[Sequence[T]]) -> list[T]:
+    """What the ranks say of their batches, in the order of the one stream."""
+    return [said for turn in zip(*by_rank, strict=True) for said in turn]

@@ -93,6 +93,17 @@ class Optimizers:
         return {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": group.weight_decay}
 
     @property
+    def adamw(self) -> torch.optim.Optimizer:
+        """The one optimiser, where AdamW moves everything."""
+        (only,) = self._optimizers
+        return only
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all parameters, the frozen ones too, and of the state."""
         return self._model_bytes + sum(value.nbytes for value in self.state_tensors().values())

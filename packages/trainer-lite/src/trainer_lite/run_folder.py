@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from blip3_lite.folder import UnfinishedFolder, clear_unfinished
 from .atomic import write_atomically
 from .guards import StepLog
 from .metrics import MetricsLog
+from .processes import Processes
+from .shards import seal
 
 
 class SaveError(OSError):
@@ -141,6 +143,57 @@ class RunFolder:
             return path
 
         return finish
+
+    def save_together(
+        self,
+        step: int,
+        writers: Mapping[str, Callable[[Path], object]],
+        shard_writers: Sequence[Callable[[Path], Sequence[str]]],
+        manifest: Mapping[str, object],
+        keep_last: int,
+        processes: Processes,
+    ) -> Path:
+        """`save_checkpoint` by all ranks: the first writes the files of `writers`, all of them their shards.
+
+        shard_writers: called one after the other on every rank, with the folder to write into; each returns the names
+            of the files that this rank has written.
+
+        Raises:
+            SaveError: on every rank, if it failed on one, which is named; the checkpoints are as they were.
+        """
+        path = self.checkpoints_path / f"step-{step:08d}"
+        unfinished: list[UnfinishedFolder] = []
+
+        def begin() -> None:
+            if processes.is_first:
+                if not _is_checkpoint(path):
+                    shutil.rmtree(path, ignore_errors=True)
+                unfinished.append(UnfinishedFolder(path, writers))
+
+        def finish(entries: Sequence[Mapping[str, Mapping[str, object]]]) -> None:
+            for whole in unfinished:
+                for written in entries:
+                    whole.add(written)
+                whole.finish(manifest)
+                write_atomically(self.latest_path, path.name.encode() + b"\n")
+                self._prune(keep_last, newest=path)
+
+        with self._saving(path, 0):
+            try:
+                processes.together("write", begin)
+                work = Path(processes.share([str(one.work) for one in unfinished])[0][0])
+                names: list[str] = []
+                for write in shard_writers:
+                    processes.together("write", lambda write=write: names.extend(write(work)))
+                sealed: dict[str, dict[str, object]] = {}
+                processes.together("write", lambda: sealed.update({name: seal(work / name) for name in names}))
+                entries = processes.share(sealed)
+                processes.together("write", lambda: finish(entries))
+            except OSError:
+                for whole in unfinished:
+                    whole.discard()
+                raise
+        return path
 
     @contextmanager
     def _saving(self, path: Path, num_bytes: int) -> Generator[None]:

@@ -1,6 +1,7 @@
 """What a training checkpoint holds beside the model: optimiser tensors, random states, counters and the stream's place.
 
-Files: optimizer.safetensors (`<parameter>/<key>`), rng.safetensors (uint8 states), state.json. No pickle.
+Files: optimizer.safetensors (`<parameter>/<key>`; of several processes shards and their index), rng.safetensors
+(uint8 states), state.json. No pickle.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from weight_files import SafetensorsFiles
+
 from .config import TrainConfig
 from .optimizer import Optimizers
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_INDEX = "optimizer.safetensors.index.json"
+"""In its place where several processes have written their shares."""
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
 
@@ -67,14 +72,20 @@ def set_rng_state(states: Mapping[str, Tensor]) -> None:
             torch.cuda.set_rng_state(states[f"cuda:{index}"], index)
 
 
-def state_writers(state: SavedState, optimizers: Optimizers) -> dict[str, Callable[[Path], object]]:
-    """Return the writers of the three files; each reads the live state when it is called."""
+def state_writers(state: SavedState, optimizers: Optimizers | None) -> dict[str, Callable[[Path], object]]:
+    """Return the writers of the three files; each reads the live state when it is called.
+
+    Without optimisers, of the two others: each process writes its share of their tensors.
+    """
 
     def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
+    writers: dict[str, Callable[[Path], object]] = {}
+    if optimizers is not None:
+        writers[OPTIMIZER_FILE] = lambda path: write_tensors(path, optimizers.state_tensors())
     return {
-        OPTIMIZER_FILE: lambda path: write_tensors(path, optimizers.state_tensors()),
+        **writers,
         RNG_FILE: lambda path: write_tensors(path, rng_state()),
         STATE_FILE: lambda path: _write(path, msgspec.json.format(msgspec.json.encode(state), indent=2)),
     }
@@ -121,21 +132,30 @@ def parameter_differences(saved: Mapping[str, list[str]], optimizers: Optimizers
     ]
 
 
-def load_tensors(folder: Path, parameters: Mapping[str, list[str]], optimizers: Optimizers) -> None:
+def load_tensors(
+    folder: Path,
+    parameters: Mapping[str, list[str]],
+    load_state: Callable[[Mapping[str, list[str]], Callable[[str], Tensor]], None],
+) -> None:
     """Load the optimiser's tensors and, last of all, the random states. `parameters`: as in state.json.
+
+    load_state: given the keys and a reader of one tensor by its name (as of `Engine`).
 
     Raises:
         ValueError: the optimiser's file does not hold the tensors that state.json names, or they do not fit; nothing
             has been changed.
     """
-    tensors = load_file(folder / OPTIMIZER_FILE)
-    expected = {f"{name}/{key}" for name, keys in parameters.items() for key in keys}
-    if wrong := sorted(expected ^ tensors.keys()):
-        raise ValueError(
-            f"checkpoint {folder / OPTIMIZER_FILE}: expected the {len(expected)} tensors that {STATE_FILE} names, got "
-            f"{len(tensors)}, at odds in {', '.join(wrong[:8])}; use an earlier checkpoint"
-        )
-    optimizers.load_state_tensors(tensors)
+    file = folder / OPTIMIZER_INDEX
+    if not file.is_file():
+        file = folder / OPTIMIZER_FILE
+    with SafetensorsFiles(file) as source:
+        expected = {f"{name}/{key}" for name, keys in parameters.items() for key in keys}
+        if wrong := sorted(expected ^ source.tensors.keys()):
+            raise ValueError(
+                f"checkpoint {file}: expected the {len(expected)} tensors that {STATE_FILE} names, got "
+                f"{len(source.tensors)}, at odds in {', '.join(wrong[:8])}; use an earlier checkpoint"
+            )
+        load_state(parameters, source.read)
     set_rng_state(load_file(folder / RNG_FILE))
 
 

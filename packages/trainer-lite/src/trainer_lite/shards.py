@@ -1,0 +1,121 @@
+"""A checkpoint that all ranks write and any number of them reads: whole tensors, shared out by size, and an index.
+
+    model-00001-of-00002.safetensors … + model.safetensors.index.json          as other libraries shard a model
+    optimizer-00001-of-00002.safetensors … + optimizer.safetensors.index.json  `<parameter>/<key>`
+
+Each tensor is brought together by itself and kept by the rank that writes it, so no rank holds more than its share. The
+ranks write into one folder: it lies on a disk that all of them see.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blip3_lite.folder import as_os_error, file_sha256
+
+from .engine import Engine
+from .optimizer import Optimizers
+
+
+@dataclass(frozen=True)
+class OneTensor:
+    """A tensor of a checkpoint and where it comes from."""
+
+    name: str
+    """As in the file."""
+    tensor: Tensor
+    """The live one; under ZeRO-3 a part of it."""
+    parameter: str | None
+    """The trainable parameter that it is, or is kept for."""
+    key: str | None = None
+    """What the optimiser keeps of it; None for itself."""
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it as a whole."""
+        if self.key == "step":
+            return 1
+        return int(getattr(self.tensor, "ds_numel", self.tensor.numel()))
+
+
+def model_tensors(tensors: Mapping[str, Tensor], optimizers: Optimizers) -> list[OneTensor]:
+    """The model's, by their names in its checkpoint."""
+    names = {id(parameter): name for name, parameter in optimizers.parameters.items()}
+    return [OneTensor(name, tensor, names.get(id(tensor))) for name, tensor in tensors.items()]
+
+
+def state_tensors(keys: Mapping[str, list[str]], optimizers: Optimizers) -> list[OneTensor]:
+    """The optimiser's."""
+    return [
+        OneTensor(f"{name}/{key}", optimizers.parameters[name], name, key)
+        for name, found in keys.items()
+        for key in found
+    ]
+
+
+def owners(tensors: list[OneTensor], count: int) -> list[int]:
+    """The rank that writes each: the largest first, each to whoever has least."""
+    loads = [0] * count
+    owner = [0] * len(tensors)
+    for place in sorted(range(len(tensors)), key=lambda place: (-tensors[place].numel, place)):
+        owner[place] = min(range(count), key=lambda rank: (loads[rank], rank))
+        loads[owner[place]] += tensors[place].numel
+    return owner
+
+
+def shard_name(stem: str, rank: int, count: int) -> str:
+    """Of one rank's part."""
+    return f"{stem}-{rank + 1:05}-of-{count:05}.safetensors"
+
+
+@torch.no_grad()
+def write_shard(folder: Path, stem: str, tensors: list[OneTensor], engine: Engine[Any]) -> list[str]:
+    """Bring every tensor together on all ranks and write this rank's share; rank 0 also writes the index.
+
+    Return the names of the files.
+
+    Raises:
+        OSError: this rank's disk is full or read-only; every tensor has been brought together all the same.
+    """
+    rank, count = engine.processes.rank, engine.processes.count
+    owner = owners(tensors, count)
+    mine: dict[str, Tensor] = {}
+    total = 0
+    for one, owned_by in zip(tensors, owner, strict=True):
+        whole = engine.whole(one.tensor, one.parameter, one.key)
+        total += whole.nbytes
+        if owned_by == rank:
+            # A copy: parts of one memory, as DeepSpeed keeps parameters, cannot be written apart.
+            mine[one.name] = whole.detach().to("cpu", copy=True).contiguous()
+    try:
+        save_file(mine, folder / shard_name(stem, rank, count), metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise as_os_error(error) from error
+    if rank == 0:
+        places = {one.name: shard_name(stem, by, count) for one, by in zip(tensors, owner, strict=True)}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / index_name(stem)).write_bytes(msgspec.json.format(msgspec.json.encode(index), indent=2))
+    return [shard_name(stem, rank, count), *([index_name(stem)] if rank == 0 else [])]
+
+
+def index_name(stem: str) -> str:
+    """Of the index of a sharded set."""
+    return f"{stem}.safetensors.index.json"
+
+
+def seal(path: Path) -> dict[str, object]:
+    """Bring a written file to the disk; return its entry in the manifest."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

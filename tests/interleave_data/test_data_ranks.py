@@ -1,0 +1,134 @@
+"""Ranks that tell each other what they left out: one order, one count, one state, for any number of them."""
+
+import threading
+from collections.abc import Sequence
+from itertools import zip_longest
+from random import Random
+from typing import Any
+
+import pytest
+
+from interleave_data import (
+    Batch,
+    Encoder,
+    InMemory,
+    PlanConfig,
+    Sample,
+    Size,
+    SkipCounter,
+    SkipLimits,
+    SkipReason,
+    SkipSample,
+    Stream,
+    TextPart,
+    TooManySkips,
+    Turn,
+)
+
+
+class Item:
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+
+class Words(Encoder[Item, list[str]]):
+    """A sample of "pictures" is bad every fifth time, which only its decoding tells."""
+
+    def measure(self, sample: Any, limit: Size | None = None, /) -> Size:
+        return Size(Random(sample.id).randint(1, 16), 0)
+
+    def encode(self, sample: Any, limit: Size | None = None, /) -> Item:
+        if sample.id.startswith("pictures") and Random(f"bad {sample.id}").random() < 0.2:
+            raise SkipSample(SkipReason.BROKEN_IMAGE, "drawn to be bad")
+        return Item(self.measure(sample).tokens)
+
+    def collate(self, items: Sequence[Item], ids: Sequence[str], /) -> list[str]:
+        return list(ids)
+
+
+class Meeting:
+    """Threads in the place of processes."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier, self.said = threading.Barrier(count, timeout=20), [b""] * count
+
+    def exchange(self, rank: int, content: bytes) -> list[bytes]:
+        self.said[rank] = content
+        self.barrier.wait()
+        heard = list(self.said)
+        self.barrier.wait()
+        return heard
+
+
+def stream(rank: int = 0, count: int = 1, meeting: Meeting | None = None, max_share: float = 0.5) -> Stream[Any, Any]:
+    sources = [
+        InMemory(name, [Sample(f"{name}{i}", name, (Turn("assistant", (TextPart(name),)),)) for i in range(size)])
+        for name, size in (("pictures", 90), ("text", 41))
+    ]
+    cfg = PlanConfig(ratios=(2, 1), max_tokens=16, look_ahead=8, seed=3, group_by_length=True, epochs=(1, 1))
+    return Stream(
+        sources,
+        Words(),
+        cfg,
+        rank=rank,
+        num_ranks=count,
+        skips=SkipCounter(SkipLimits(max_share=max_share, min_seen=10)),
+        exchange=None if meeting is None else lambda content: meeting.exchange(rank, content),
+        keep_empty=True,
+    )
+
+
+def together(count: int, max_share: float = 0.5) -> list[Any]:
+    """Each rank's batches and states, or its error."""
+    meeting = Meeting(count)
+    ended: list[Any] = [None] * count
+
+    def run(rank: int) -> None:
+        made = stream(rank, count, meeting, max_share)
+        batches: list[tuple[Batch[Any], dict[str, object]]] = []
+        try:
+            for batch in made:
+                batches.append((batch, made.state_dict()))
+            ended[rank] = batches
+        except TooManySkips as error:
+            ended[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ended
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_ranks_have_every_sample_once_in_the_order_of_one(count: int) -> None:
+    """(T28), with (T13): bad samples among them, and packs in which nothing is left."""
+    alone = stream()
+    expected = [batch.ids for batch in alone]
+    assert () in expected
+    ended = together(count)
+    got = [one[0].ids for turn in zip_longest(*ended) for one in turn]
+    # The last round is filled up with packs of nothing.
+    assert got[: len(expected)] == expected
+    assert not any(got[len(expected) :])
+    ids = [name for batch in got for name in batch]
+    assert len(ids) == len(set(ids)) == 131 - alone.skips.by_reason()["broken_image"]
+    for rank in ended:
+        assert rank[-1][1]["skips"] == alone.state_dict()["skips"]
+        assert [state for _, state in rank] == [state for _, state in ended[0]]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_too_many_skips_end_all_ranks_with_the_same_words(count: int) -> None:
+    words = set(together(count, max_share=0.05))
+    assert len(words) == 1
+    assert "expected at most 5.00% bad samples" in words.pop()
+
+
+def test_a_state_of_two_ranks_is_gone_on_with_by_one() -> None:
+    expected = [batch.ids for batch in stream()]
+    _, state = together(2)[1][9]
+    again = stream()
+    again.load_state_dict(state)
+    assert [batch.ids for batch in again] == expected[20:]
