@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from interleave_data import load_data_file
+from interleave_data import SourceConfig, load_data_file
 from interleave_data.formats import FORMATS
 
 NAMES = [
@@ -43,11 +43,16 @@ def test_every_template_is_tested(repo_root):
     assert sorted(path.stem for path in (repo_root / "data-files").iterdir()) == NAMES
 
 
+def written(source: SourceConfig) -> tuple[str, ...]:
+    """The path, or each of several."""
+    return (source.path,) if isinstance(source.path, str) else source.path
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_template_is_a_data_file_with_paths_beside_it(name, repo_root):
     folder = repo_root / "data-files"
     sources = load_data_file(folder / f"{name}.toml").sources
-    paths = [path for source in sources for path in (source.path, source.image_root) if path is not None]
+    paths = [path for source in sources for path in (*written(source), source.image_root) if path is not None]
     assert paths
     assert all(Path(path).is_relative_to(folder / "data") for path in paths)
 
@@ -56,7 +61,8 @@ def test_template_is_a_data_file_with_paths_beside_it(name, repo_root):
 def test_template_has_shards_that_its_format_can_be_read_from(name, repo_root):
     suffixes = {".tar": "tar", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     for source in load_data_file(repo_root / "data-files" / f"{name}.toml").sources:
-        assert suffixes[Path(source.path).suffix] in FORMATS[source.format].containers, source.name
+        for path in written(source):
+            assert suffixes[Path(path).suffix] in FORMATS[source.format].containers, source.name
 
 
 @pytest.mark.parametrize("name", NAMES)
