@@ -22,4 +22,5 @@ def test_trainer_readme_names_the_public_page(repo_root):
     named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.partition(" | ")[0])}
     assert named == set(trainer_lite.__all__)
     for name in trainer_lite.__all__:
-        assert getattr(trainer_lite, name).__name__ == name
+        # A table of constants has no name of its own.
+        assert getattr(getattr(trainer_lite, name), "__name__", name) == name

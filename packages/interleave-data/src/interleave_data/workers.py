@@ -122,7 +122,7 @@ def _made_of(message: _Message, buffers: list[bytearray]) -> Made[Any]:
         data=body.data,
         ids=tuple(name.decode("utf-8", "surrogatepass") for name in body.ids),
         size=Size(*body.size),
-        events=tuple(decode_events(body.events)),
+        events=tuple(decode_events(bytes(body.events))),
         state=body.state,
         retried=tuple(Retried(*one) for one in body.retried),
     )
