@@ -41,11 +41,13 @@ def two(tmp_path_factory) -> Path:
     jobs: list[dict[str, Any]] = []
     for engine in ENGINES:
         jobs.append({"name": f"{engine}-mixed", "engine": engine, "steps": STEPS})
-        jobs.append({"name": f"{engine}-bf16", "engine": engine, "steps": STEPS, "precision": "bf16"})
+        # Half of the engines to the end: a step of a process pair takes up to a tenth of a second.
+        cut = {} if engine in ("ddp", "zero2") else {"stop_after": 20}
+        jobs.append({"name": f"{engine}-bf16", "engine": engine, "steps": STEPS, "precision": "bf16", **cut})
         jobs += [{"name": f"{engine}-{kinds}", "engine": engine, "kinds": kinds} for kinds in ("apart", "empty")]
         jobs.append({"name": f"{engine}-poison", "engine": engine, "poison": [4, 1]})
         jobs.append({"name": f"{engine}-again", "engine": engine, "steps": STEPS, "stop_after": 7})
-        jobs.append({"name": f"{engine}-again", "engine": engine, "steps": STEPS, "resume": True})
+        jobs.append({"name": f"{engine}-again", "engine": engine, "steps": STEPS, "stop_after": 14, "resume": True})
     jobs += [{"name": f"{name}-offload", "engine": name, "kinds": "apart", "offload": True} for name in ENGINES[2:]]
     begun = {"engine": "zero3", "steps": STEPS, "stop_after": 17}
     jobs += [{"name": name, **begun} for name in ("chain-ranks", "chain-stages")]
@@ -62,7 +64,9 @@ def two(tmp_path_factory) -> Path:
 def test_two_processes_have_the_order_and_losses_of_one(one: Path, two: Path, engine: str) -> None:
     assert digests(two, f"{engine}-mixed") == digests(one, "mixed")
     assert furthest(losses(two, f"{engine}-mixed"), losses(one, "mixed")) < 1e-6
-    assert furthest(losses(two, f"{engine}-bf16"), losses(one, "bf16")) < 1e-3
+    in_bf16 = losses(two, f"{engine}-bf16")
+    assert len(in_bf16) == (STEPS if engine in ("ddp", "zero2") else 21)
+    assert furthest(in_bf16, losses(one, "bf16")[: len(in_bf16)]) < 1e-3
     # The comparison can fail: something is learnt, and the next batches' losses are others.
     assert furthest(losses(one, "mixed")[1:], losses(one, "mixed")[:-1]) > 0.1
     assert sum(losses(one, "mixed")[-10:]) < 0.9 * sum(losses(one, "mixed")[:10])
@@ -94,7 +98,9 @@ def test_resume_in_the_same_set_up_is_bit_equal(two: Path, engine: str) -> None:
         [record.loss_hex for record in read_metrics(two / f"{engine}-{name}" / "metrics.jsonl")]
         for name in ("mixed", "again")
     )
-    assert again == whole
+    # Asked to stop in steps 7 and 14, all ranks agree on it a step later.
+    assert len(again) == 15
+    assert again == whole[:15]
 
 
 @pytest.mark.parametrize("engine", ENGINES[2:])

@@ -23,9 +23,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal
 
 import msgspec
 import torch
@@ -55,8 +56,9 @@ from .processes import Processes
 from .progress import Progress, QuietProgress
 from .run_folder import RunFolder, SaveError
 from .schedule import learning_rate_factor
-from .shards import model_tensors, state_tensors, write_shard
+from .shards import checkpoint_shards
 from .stop import StopFlag
+from .together import sum_together
 from .train_state import (
     Counters,
     SavedState,
@@ -64,13 +66,9 @@ from .train_state import (
     load_tensors,
     parameter_differences,
     read_state,
-    rng_state,
-    set_rng_state,
     state_writers,
 )
 from .update_sum import UpdateSum
-
-T = TypeVar("T")
 
 
 class NonFiniteError(RuntimeError):
@@ -149,6 +147,7 @@ class Trainer(Generic[BatchT]):
             )
         self._is_started = False
         self._is_stopping = False
+        self._small_writers: dict[str, Callable[[Path], object]] = {}
         self.counters = Counters()
         self._saving: BackgroundSave | None = None
         self._saving_step = 0
@@ -162,6 +161,10 @@ class Trainer(Generic[BatchT]):
     def _start(self) -> None:
         if not self._is_started:
             self._is_started = True
+            if self._is_shared and isinstance(self.files, ShardedModelFiles):
+                # While the model is whole: what checks it then cannot read its parts.
+                weights = self.files.weights
+                self._small_writers = {name: made for name, made in self.files.writers().items() if name != weights}
             self.engine.start()
 
     def resume(self, folder: Path, *, accept_changes: bool = False, accept_data_change: bool = False) -> None:
@@ -384,58 +387,10 @@ class Trainer(Generic[BatchT]):
         return loss
 
     def _gather_shared(self, batches: Iterator[BatchT]) -> UpdateSum | None:
-        """`_gather` by several processes: every rank computes its batches and knows the figures of all of them.
-
-        The batches are fetched first: the mean needs the targets of the whole step before the first backward pass,
-        since parts of a gradient may be summed and cut during it.
-        """
-        processes, step = self.processes, self.counters.step + 1
-        processes.at(f"step {step}, data")
-        own: list[BatchT] = []
-        for _ in range(self.cfg.accumulation_steps // processes.count):
-            batch = next(batches, None)
-            if batch is None:
-                break
-            own.append(batch)
-        facts = _in_order(
-            processes.share(
-                [[batch.sample_ids, batch.num_targets, batch.num_tokens if batch.sample_ids else 0] for batch in own]
-            )
-        )
-        if not facts:
-            return None
-        update = UpdateSum()
-        for ids, num_targets, num_tokens in facts:
-            update.sample_ids += ids
-            update.num_targets += num_targets
-            update.num_tokens += num_tokens
-        before = rng_state()
-        sums: list[tuple[float, dict[str, float]] | None] = []
-        for index, batch in enumerate(own):
-            processes.at(f"step {step}, batch {index + 1}")
-            # So that what is drawn (dropout) depends on the batch's place, not on the rank that computes it.
-            torch.manual_seed(  # pyright: ignore[reportUnknownMemberType]
-                hash((self.cfg.seed, step, index * processes.count + processes.rank))
-            )
-            loss = self._loss(batch)
-            if loss.num_targets != batch.num_targets:
-                raise ValueError(
-                    f"loss of {batch.sample_ids[:3]}: expected the batch's {batch.num_targets} targets, got "
-                    f"{loss.num_targets}; with several processes they are counted before the forward pass"
-                )
-            if loss.total.requires_grad:
-                # Also without targets: then the sum is worth nothing, and its operations are run for the others' sake.
-                total = loss.total if loss.num_targets > 0 else loss.total.nan_to_num() * 0.0
-                self.engine.backward(total, update.num_targets, is_last=index == len(own) - 1)
-            sums.append((loss.total.item(), dict(loss.parts)) if loss.num_targets > 0 else None)
-        set_rng_state(before)
-        processes.at(f"step {step}, sums")
-        for summed in _in_order(processes.share(sums)):
-            if summed is not None:
-                update.totals.append(torch.tensor(summed[0]))
-                for name, value in summed[1].items():
-                    update.parts[name] = update.parts.get(name, 0.0) + value
-        return update
+        """`_gather` by several processes; the batches are fetched first (see `sum_together`)."""
+        self.processes.at(f"step {self.counters.step + 1}, data")
+        own = list(islice(batches, self.cfg.accumulation_steps // self.processes.count))
+        return sum_together(self.engine, own, self._loss, seed=self.cfg.seed, step=self.counters.step + 1)
 
     def _agreed(self, grad_norm: float) -> float:
         """One figure for all ranks, so that all of them make or skip the update; not finite if it is so on one."""
@@ -578,7 +533,7 @@ class Trainer(Generic[BatchT]):
         """Write a checkpoint whole, every rank its share of the tensors."""
         assert self.run is not None
         assert isinstance(self.files, ShardedModelFiles)
-        processes, files, count = self.processes, self.files, self.processes.count
+        processes = self.processes
         processes.at(f"step {self.counters.step}, checkpoint")
         try:
             if processes.is_first:
@@ -586,22 +541,11 @@ class Trainer(Generic[BatchT]):
         except OSError as error:
             raise SaveError(f"{self.run.metrics.path}: expected to write it, got: {error}; make room") from error
         state = self._state()
-        writers = dict(state_writers(state, None))
-        if processes.is_first:
-            writers |= {name: write for name, write in files.writers().items() if name != files.weights}
-        parts = {
-            files.weights.removesuffix(".safetensors"): model_tensors(files.tensors(), self.optimizers),
-            "optimizer": state_tensors(state.parameters, self.optimizers),
-        }
-
-        def write(folder: Path, stem: str) -> list[str]:
-            return write_shard(folder, stem, parts[stem], self.engine)
-
         return self.run.save_together(
             self.first_step + self.counters.step,
-            writers,
-            [partial(write, stem=stem) for stem in parts],
-            {**self._manifest(is_kept), "num_processes": count},
+            {**self._small_writers, **state_writers(state, None)} if processes.is_first else {},
+            checkpoint_shards(self.files, state.parameters, self.optimizers, self.engine),
+            {**self._manifest(is_kept), "num_processes": processes.count},
             self.cfg.keep_last,
             processes,
         )
@@ -637,8 +581,3 @@ def check_division(accumulation_steps: int, count: int) -> None:
             f"processes: expected a number that divides the {accumulation_steps} batches of a step "
             f"(accumulation_steps), got {count}; use one of {', '.join(map(str, fitting))}"
         )
-
-
-def _in_order(by_rank: Sequence[Sequence[T]]) -> list[T]:
-    """What the ranks say of their batches, in the order of the one stream."""
-    return [said for turn in zip(*by_rank, strict=True) for said in turn]

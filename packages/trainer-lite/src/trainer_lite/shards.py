@@ -8,8 +8,9 @@ ranks write into one folder: it lies on a disk that all of them see.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from blip3_lite.folder import as_os_error, file_sha256
 
+from .contract import ShardedModelFiles
 from .engine import Engine
 from .optimizer import Optimizers
 
@@ -119,3 +121,18 @@ def seal(path: Path) -> dict[str, object]:
     finally:
         os.close(descriptor)
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def checkpoint_shards(
+    files: ShardedModelFiles, keys: Mapping[str, list[str]], optimizers: Optimizers, engine: Engine[Any]
+) -> list[Callable[[Path], list[str]]]:
+    """Writers of this rank's share of the model's weights and of the optimiser's state, to be called in this order."""
+    parts = {
+        files.weights.removesuffix(".safetensors"): model_tensors(files.tensors(), optimizers),
+        "optimizer": state_tensors(keys, optimizers),
+    }
+
+    def write(folder: Path, stem: str) -> list[str]:
+        return write_shard(folder, stem, parts[stem], engine)
+
+    return [partial(write, stem=stem) for stem in parts]
