@@ -66,6 +66,8 @@ from .train_state import (
     load_tensors,
     parameter_differences,
     read_state,
+    rng_state,
+    set_rng_state,
     state_writers,
 )
 from .update_sum import UpdateSum
