@@ -10,6 +10,9 @@ from ranks_run import Job, run
 
 from trainer_lite import Processes
 
+# Waits and timeouts of seconds, which a machine with two busy cores does not keep.
+pytestmark = pytest.mark.nightly
+
 LOST = 6
 
 
