@@ -137,6 +137,7 @@ class RemoteObject:
         begun = time.monotonic()
         deadline = begun + self.limits.total_s
         number = num_wrong = 0
+        reason = ""
         while True:
             try:
                 return attempt(deadline)
@@ -146,7 +147,9 @@ class RemoteObject:
                     "whether it was changed; if that was on purpose index it again (tools/index.py)"
                 ) from None
             except (Interrupted, WrongAnswer) as failure:
-                reason = str(failure)
+                # An attempt that the end of the time cut says less than the one before.
+                if number == 0 or time.monotonic() < deadline:
+                    reason = str(failure)
                 num_wrong = num_wrong + 1 if isinstance(failure, WrongAnswer) else 0
             if num_wrong >= _MOST_WRONG:
                 raise ShardError(
