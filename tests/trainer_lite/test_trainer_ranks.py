@@ -13,7 +13,8 @@ from blip3_lite import read_manifest
 from trainer_lite import ParallelConfig, Processes, RunFolder, TrainConfig, read_metrics
 from trainer_lite.loop import check_division
 
-pytestmark = [needs_deepspeed]
+# Many starts of two and four processes, a minute or two: more than two busy cores should spend on every run.
+pytestmark = [needs_deepspeed, pytest.mark.nightly]
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 STEPS = 50
 
