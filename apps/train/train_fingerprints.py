@@ -1,7 +1,6 @@
 """What the processes of one run compare before they train: the code they run and the settings they were given."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import msgspec
@@ -10,11 +9,6 @@ import torch
 import trainer_lite
 from train_cli import FREE_ON_RESUME
 from train_config import StageRun
-
-
-def num_processes() -> int:
-    """How many torchrun or deepspeed has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def code_fingerprint() -> str:

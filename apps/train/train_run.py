@@ -34,7 +34,7 @@ from train_errors import (
     checking_input,
 )
 from train_exam import Exam, StageScores
-from train_fingerprints import code_fingerprint, num_processes, settings_fingerprint
+from train_fingerprints import code_fingerprint, settings_fingerprint
 from train_language import run_language
 from train_report import write_run_report
 from train_stages import (
@@ -67,6 +67,7 @@ from trainer_lite import (
 )
 from trainer_lite.engine import check_deepspeed
 from trainer_lite.loop import check_division
+from trainer_lite.processes import rank_and_count
 
 _TOKENIZER_SAMPLES = 2000
 
@@ -105,9 +106,11 @@ def _fail(status: int, error: Exception | str) -> int:
 
 
 def _dispatch(command: Command, stop: StopFlag) -> bool:
-    if num_processes() > 1 and not isinstance(command.config, StageRun):
+    with checking_input():
+        _, num_processes = rank_and_count()
+    if num_processes > 1 and not isinstance(command.config, StageRun):
         raise BadInputError(
-            f"processes: expected one for {command.recipe}, got {num_processes()}; start it without torchrun, or name "
+            f"processes: expected one for {command.recipe}, got {num_processes}; start it without torchrun, or name "
             "a stage, as sft"
         )
     if command.is_dry_run and isinstance(command.config, StageRun):
@@ -120,7 +123,7 @@ def _dispatch(command: Command, stop: StopFlag) -> bool:
         return _run_warmup_alone(command.recipe, command.config, stop)
     with checking_input():
         check_deepspeed(command.config.parallel)
-        check_division(command.config.stage.train.accumulation_steps, num_processes())
+        check_division(command.config.stage.train.accumulation_steps, num_processes)
     with _joined(command.config) as processes:
         return _run_stage_alone(command.recipe, command.config, stop, processes)
 

@@ -37,7 +37,7 @@ def sum_together(
     before = rng_state()
     sums: list[tuple[float, dict[str, float]] | None] = []
     for index, batch in enumerate(own):
-        processes.at(f"step {step}, batch {index + 1}")
+        processes.at(f"step {step}, batch {index + 1}", is_bounded=True)
         # So that what is drawn (dropout) depends on the batch's place, not on the rank that computes it.
         place = index * processes.count + processes.rank
         torch.manual_seed(hash((seed, step, place)))  # pyright: ignore[reportUnknownMemberType]
