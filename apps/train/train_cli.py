@@ -22,6 +22,7 @@ import tyro
 from interleave_data.config import load_data_file
 from train_config import Command, DemoRun, LanguageRun, PlanRequest, RunConfig, StageRun, WarmupRun, run_path
 from train_recipes import RECIPES
+from trainer_lite.config import fitting_counts
 
 _Config = TypeVar("_Config", bound=msgspec.Struct)
 FREE_ON_RESUME = (
@@ -181,11 +182,11 @@ def _take_plan(arguments: list[str], is_dry_run: bool) -> tuple[PlanRequest | No
 def _check_plan(plan: PlanRequest, config: StageRun) -> None:
     """Refuse a number of devices that a step's packs cannot be divided among."""
     packs = config.stage.train.accumulation_steps
-    if packs % plan.devices:
-        fitting = ", ".join(str(number) for number in range(1, packs + 1) if packs % number == 0)
+    fitting = fitting_counts(packs)
+    if plan.devices not in fitting:
         _refuse(
-            f"--devices: expected a divisor of the {packs} packs of a step ({fitting}), got {plan.devices}; "
-            "choose one, or change --accumulation-steps"
+            f"--devices: expected a divisor of the {packs} packs of a step ({', '.join(map(str, fitting))}), got "
+            f"{plan.devices}; choose one, or change --accumulation-steps"
         )
 
 

@@ -65,8 +65,8 @@ from trainer_lite import (
     join,
     keep_freed_memory,
 )
+from trainer_lite.config import check_division
 from trainer_lite.engine import check_deepspeed
-from trainer_lite.loop import check_division
 from trainer_lite.processes import rank_and_count
 
 _TOKENIZER_SAMPLES = 2000

@@ -137,3 +137,22 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _require(self.engine in ("zero1", "zero2", "zero3"), what, "zero1, zero2 or zero3", self.engine, "name one")
         if self.offload_parameters:
             _require(self.engine == "zero3", "parallel.offload_parameters", "zero3", self.engine, "name it")
+
+
+def fitting_counts(accumulation_steps: int) -> list[int]:
+    """Numbers of processes among which the batches of a step can be divided, smallest first."""
+    return [count for count in range(1, accumulation_steps + 1) if accumulation_steps % count == 0]
+
+
+def check_division(accumulation_steps: int, count: int) -> None:
+    """Check that every process gets as many batches of a step.
+
+    Raises:
+        ValueError: they cannot; lists the numbers of processes that can.
+    """
+    fitting = fitting_counts(accumulation_steps)
+    if count not in fitting:
+        raise ValueError(
+            f"processes: expected a number that divides the {accumulation_steps} batches of a step "
+            f"(accumulation_steps), got {count}; use one of {', '.join(map(str, fitting))}"
+        )

@@ -52,6 +52,8 @@ class _Root(nn.Module, Generic[BatchT]):
 class DeepSpeed(Generic[BatchT]):
     """ZeRO-0 to ZeRO-3, with the loop's own optimiser inside."""
 
+    is_shared = True
+
     def __init__(
         self,
         model: StepModel[BatchT],

@@ -25,6 +25,8 @@ class Engine(Protocol[BatchT_contra]):
     """Turns summed losses into updates. Every method is called on every rank, in the same order."""
 
     processes: Processes
+    is_shared: bool
+    """Whether a step is put together from what ranks tell each other; one alone may be cut in parts as well."""
 
     def start(self) -> None:
         """Take over model and optimisers as they now are; called once, before the first step and `load_state`."""
@@ -72,6 +74,8 @@ class Engine(Protocol[BatchT_contra]):
 
 class OneProcess(Generic[BatchT]):
     """The model is here and nowhere else."""
+
+    is_shared = False
 
     def __init__(self, model: StepModel[BatchT], optimizers: Optimizers, cfg: TrainConfig) -> None:
         self.model, self.optimizers, self.cfg = model, optimizers, cfg
@@ -131,6 +135,8 @@ class Replicas(OneProcess[BatchT]):
     After the last backward pass and not during it: which parameters a batch reaches may then differ between ranks, and
     no order of operations in a graph can make them wait for each other.
     """
+
+    is_shared = True
 
     def __init__(
         self, model: StepModel[BatchT], optimizers: Optimizers, cfg: TrainConfig, processes: Processes
