@@ -1,5 +1,6 @@
 """Carry out a command line: all stages, one stage, or the warm-up; turn trouble into one message and an exit status."""
 
+import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ from train_errors import (
     checking_input,
 )
 from train_exam import Exam, StageScores
-from train_fingerprints import code_fingerprint, settings_fingerprint
+from train_fingerprints import code_fingerprint, order_fingerprint, settings_fingerprint, weights_fingerprint
 from train_language import run_language
 from train_report import write_run_report
 from train_stages import (
@@ -70,6 +71,8 @@ from trainer_lite.engine import check_deepspeed
 from trainer_lite.processes import rank_and_count
 
 _TOKENIZER_SAMPLES = 2000
+_SEEN_WITHIN_S = 60.0
+"""A network file system may remember for so long that a file was not there."""
 
 
 def run(command: Command) -> int:
@@ -159,25 +162,20 @@ def _run_warmup_alone(recipe: str, config: WarmupRun, stop: StopFlag) -> bool:
 def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: Processes) -> bool:
     path = run_path(recipe, config.out)
     with checking_input():
-        data = _stage_data(recipe, config)
-        if processes.count > 1:
-            settings = settings_fingerprint(recipe, config)
-            processes.agree({"code": code_fingerprint(), "settings": settings, "data": data.fingerprint})
-        # A run of which there is only a folder has died before it was one.
-        is_new = config.resume is None or (config.resume == AUTO and not RunFolder(path).config_path.exists())
-        # As the first process sees it, before it makes the folder.
-        is_new = processes.share(is_new)[0]
-        run_folder = None if is_new else _reopened(path, processes)
-        resume = None if run_folder is None else _agreed_resume_point(run_folder, str(config.resume), processes)
+        data = _agreed_data(recipe, config, processes)
+        run_folder, resume = _run_to_continue(path, config, processes)
         torch.manual_seed(config.stage.train.seed)
         model, processor = _new_model(config, data) if resume is None else _model_shell(resume, data)
+        if resume is None and processes.count > 1:
+            # Of a folder of the same name, or drawn by another kind of processor.
+            processes.agree({"weights": weights_fingerprint(model)})
         if run_folder is None:
             run_folder = _created(path, recipe, config, processes)
         elif resume is None and processes.is_first:
             run_folder.rewind(recipe, 0)
         # Kept features call the tower as often as there are new pictures: not where it is cut in parts.
-        is_cut = config.parallel.engine != "ddp"
-        features = None if config.stage.trains_tower or is_cut else _feature_cache(model, config)
+        keeps_features = not config.stage.trains_tower and not config.parallel.uses_deepspeed
+        features = _feature_cache(model, config) if keeps_features else None
         trainer = stage_trainer(
             recipe,
             config.stage,
@@ -197,7 +195,7 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: P
                 say(f"going on from {resume}, behind step {trainer.counters.step}")
     if processes.is_first:
         announce(model, path)
-        if processes.count > 1 or config.parallel.engine != "ddp":
+        if processes.count > 1 or config.parallel.uses_deepspeed:
             say(f"{processes.count} processes, {config.parallel.engine}")
     result = fit_stage(trainer, model)
     processes.part()
@@ -211,17 +209,32 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: P
         _report(run_folder, recipe, trainer)
         say(f"stopped at step {result.counters.step}; continue with uv run apps/train {recipe} --out {path} --resume")
         return False
-    if config.eval_questions > 0 and is_cut:
+    _report(run_folder, recipe, trainer, _asked(recipe, config, model, processor, features, path))
+    return True
+
+
+def _agreed_data(recipe: str, config: StageRun, processes: Processes) -> StageData:
+    """The stage's data, which are the same on all hosts, as are code and settings."""
+    data = _stage_data(recipe, config)
+    if processes.count > 1:
+        facts = {"code": code_fingerprint(), "settings": settings_fingerprint(recipe, config)}
+        processes.agree({**facts, "data": data.fingerprint, "order": order_fingerprint(config.stage, data)})
+    return data
+
+
+def _asked(
+    recipe: str, config: StageRun, model: Blip3, processor: Processor, features: FeatureCache | None, path: Path
+) -> dict[str, StageScores]:
+    """Scores of a finished stage, by its recipe; none where no questions are wanted, or the model is in parts."""
+    if config.eval_questions == 0:
+        return {}
+    if config.parallel.uses_deepspeed:
         say("no questions are asked where the model is in parts: --init the checkpoint with --max-steps 1 asks them")
-        return True
+        return {}
     if config.stage.use_lora:
         merge_adapters(model)
-    scores: dict[str, StageScores] = {}
-    if config.eval_questions > 0:
-        features = _feature_cache(model, config) if config.stage.trains_tower else features
-        scores[recipe] = _examine(recipe, model, processor, config, features, path)
-    _report(run_folder, recipe, trainer, scores)
-    return True
+    features = _feature_cache(model, config) if config.stage.trains_tower else features
+    return {recipe: _examine(recipe, model, processor, config, features, path)}
 
 
 def _report(
@@ -259,7 +272,34 @@ def _created(path: Path, recipe: str, config: StageRun, processes: Processes) ->
             found[0] = RunFolder.create(path, saved)
 
     processes.together("run folder", create)
+    _check_seen_by_all(found[0], processes)
     return found[0]
+
+
+def _check_seen_by_all(run_folder: RunFolder, processes: Processes) -> None:
+    """Every rank will write its share of the checkpoints there, hours from now.
+
+    Raises:
+        ValueError: on every rank, if the new folder is on a disk that one of them does not see.
+    """
+    if processes.count == 1:
+        return
+    end_s = time.monotonic() + _SEEN_WITHIN_S
+    while not run_folder.config_path.is_file() and time.monotonic() < end_s:
+        time.sleep(0.5)
+    seen = "there" if run_folder.config_path.is_file() else "not there (--out has to be on a disk that all hosts share)"
+    processes.agree({f"run folder {run_folder.path}": seen})
+
+
+def _run_to_continue(path: Path, config: StageRun, processes: Processes) -> tuple[RunFolder | None, Path | None]:
+    """The run's folder, if it is not to be a new one, and the checkpoint to go on from, if there is one."""
+    # A run of which there is only a folder has died before it was one.
+    is_new = config.resume is None or (config.resume == AUTO and not RunFolder(path).config_path.exists())
+    # As the first process sees it, before it makes the folder.
+    if processes.share(is_new)[0]:
+        return None, None
+    run_folder = _reopened(path, processes)
+    return run_folder, _agreed_resume_point(run_folder, str(config.resume), processes)
 
 
 def _agreed_resume_point(run_folder: RunFolder, wish: str, processes: Processes) -> Path | None:

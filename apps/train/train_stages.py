@@ -371,7 +371,7 @@ def stage_trainer(
     parallel = ParallelConfig() if parallel is None else parallel
     model.recompute_layers(parallel.recompute)
     # What is cut in parts is brought together where modules are called: the same ones then on every rank.
-    model.always_sees = is_cut = parallel.engine != "ddp"
+    model.always_sees = is_cut = parallel.uses_deepspeed
     return Trainer(
         model=Preference(model, stage.dpo, is_kept=not is_cut) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),

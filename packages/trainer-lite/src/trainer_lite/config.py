@@ -138,6 +138,11 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.offload_parameters:
             _require(self.engine == "zero3", "parallel.offload_parameters", "zero3", self.engine, "name it")
 
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether the engine is DeepSpeed, which may hold the model in parts."""
+        return self.engine != "ddp"
+
 
 def fitting_counts(accumulation_steps: int) -> list[int]:
     """Numbers of processes among which the batches of a step can be divided, smallest first."""

@@ -189,7 +189,7 @@ def make_engine(
     Raises:
         ValueError: DeepSpeed is asked for and not there, cannot run this optimiser, or `network` is None.
     """
-    if parallel.engine == "ddp":
+    if not parallel.uses_deepspeed:
         if processes.count == 1:
             return OneProcess(model, optimizers, cfg)
         return Replicas(model, optimizers, cfg, processes)
@@ -217,7 +217,7 @@ def check_deepspeed(parallel: ParallelConfig) -> None:
     """
     from importlib.util import find_spec
 
-    if parallel.engine != "ddp" and find_spec("deepspeed") is None:
+    if parallel.uses_deepspeed and find_spec("deepspeed") is None:
         raise ValueError(
             f"parallel.engine {parallel.engine}: expected DeepSpeed, got no such package; install "
             "trainer-lite[deepspeed] (Linux), or use --parallel.engine ddp"

@@ -341,7 +341,7 @@ def join(cfg: ParallelConfig) -> Generator[Processes]:
             place is taken.
     """
     rank, count = rank_and_count()
-    if count == 1 and cfg.engine == "ddp":
+    if count == 1 and not cfg.uses_deepspeed:
         yield Processes()
         return
     if torch.cuda.is_available():
