@@ -35,7 +35,11 @@ def shown(path: str) -> str:
     """What messages say of a path or an address: no user's name, no password, and no query, which may be signed."""
     if not is_remote(path):
         return path
-    parts = urlsplit(path)
+    try:
+        parts = urlsplit(path)
+    except ValueError:
+        # Of what cannot be taken apart nobody knows where a password ends.
+        return f"{scheme_of(path)}://…"
     host = parts.netloc.rpartition("@")[2]
     if scheme_of(path) not in ("http", "https"):
         return f"{parts.scheme}://{host}{path[path.index(parts.netloc) + len(parts.netloc) :]}"
