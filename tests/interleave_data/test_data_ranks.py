@@ -1,7 +1,7 @@
 """Ranks that tell each other what they left out: one order, one count, one state, for any number of them."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from random import Random
 from typing import Any
@@ -60,9 +60,23 @@ class Meeting:
         return heard
 
 
+class Far(InMemory):
+    """Has read something again each time that it is asked; as many times as there are samples to fetch."""
+
+    num_read = 0
+
+    def read_ahead(self, indices: Iterable[int]) -> None:
+        object.__setattr__(self, "num_read", len(list(indices)))
+
+    def take_retries(self) -> tuple[int, str]:
+        taken = self.num_read
+        object.__setattr__(self, "num_read", 0)
+        return taken, "a cut"
+
+
 def stream(rank: int = 0, count: int = 1, meeting: Meeting | None = None, max_share: float = 0.5) -> Stream[Any, Any]:
     sources = [
-        InMemory(name, [Sample(f"{name}{i}", name, (Turn("assistant", (TextPart(name),)),)) for i in range(size)])
+        Far(name, [Sample(f"{name}{i}", name, (Turn("assistant", (TextPart(name),)),)) for i in range(size)])
         for name, size in (("pictures", 90), ("text", 41))
     ]
     cfg = PlanConfig(ratios=(2, 1), max_tokens=16, look_ahead=8, seed=3, group_by_length=True, epochs=(1, 1))
@@ -78,13 +92,14 @@ def stream(rank: int = 0, count: int = 1, meeting: Meeting | None = None, max_sh
     )
 
 
-def together(count: int, max_share: float = 0.5) -> list[Any]:
-    """Each rank's batches and states, or its error."""
-    meeting = Meeting(count)
+def together(count: int, max_share: float = 0.5, retries: list[dict[str, int]] | None = None) -> list[Any]:
+    """Each rank's batches and states, or its error. `retries`: gets what each counts as read again."""
+    meeting, retries = Meeting(count), [] if retries is None else retries
     ended: list[Any] = [None] * count
 
     def run(rank: int) -> None:
         made = stream(rank, count, meeting, max_share)
+        retries.append(made.skips.retries)
         batches: list[tuple[Batch[Any], dict[str, object]]] = []
         try:
             for batch in made:
@@ -117,6 +132,19 @@ def test_ranks_have_every_sample_once_in_the_order_of_one(count: int) -> None:
     for rank in ended:
         assert rank[-1][1]["skips"] == alone.state_dict()["skips"]
         assert [state for _, state in rank] == [state for _, state in ended[0]]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_any_rank_read_again_is_counted_on_each_and_logged_by_one(count: int, caplog) -> None:
+    alone = stream()
+    assert len(list(alone)) > 0
+    num_lines = len(caplog.records)
+    caplog.clear()
+    retries: list[dict[str, int]] = []
+    together(count, retries=retries)
+    assert retries == [alone.skips.retries] * count
+    assert alone.skips.num_retries > 100
+    assert 0 < len(caplog.records) <= num_lines
 
 
 @pytest.mark.parametrize("count", [2, 4])

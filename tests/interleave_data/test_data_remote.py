@@ -668,6 +668,7 @@ def test_addresses_are_shown_without_what_lets_in():
     assert shown("s3://u:p@bucket/a?b#c.tar") == "s3://bucket/a?b#c.tar"
     assert shown("data/a.tar") == "data/a.tar"
     assert shown("https://u:p@[::1/a.tar") == "https://…"
+    assert "secret" not in repr(remote.RemoteObject("https://me:secret@host/a.tar").slice(0, 5))
 
 
 KNOWN = Version(100, '"a"')

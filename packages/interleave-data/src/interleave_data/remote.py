@@ -80,7 +80,8 @@ class Retries:
 class RemoteObject:
     """An object at an address; `known` is what its index says it is."""
 
-    address: str
+    # It may hold a password, which is not for whoever prints this.
+    address: str = field(repr=False)
     limits: RemoteLimits = field(default_factory=RemoteLimits)
     known: Version | None = None
     retries: Retries = field(default_factory=Retries, compare=False)

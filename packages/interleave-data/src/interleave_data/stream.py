@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, cast
 
+import msgspec
+
 from .changes import shards_of
 from .config import PlanConfig
 from .errors import SkipCounter
-from .making import Encoded, Encoder, Event, Made, Maker, Packed, decode_events, encode_events
+from .making import Encoded, Encoder, Event, Made, Maker, Packed, Retried, decode_events, encode_events, sendable
 from .plan import Plan
 from .samples import samples_digest
 from .sources import Source
@@ -70,7 +72,8 @@ class Stream(Generic[Encoded, Packed]):
         `rank` of `num_ranks` gets every so many-th pack; with more than one rank a pack in which nothing is left comes
         as a batch of nothing, as the ranks must keep in step, and each counts the holes of its own packs. With an
         `exchange`, which gives every rank what each of them brings, by rank, each counts the holes of all, in the order
-        of the packs, and the state is the same on every rank; all ranks must then ask for batches alike.
+        of the packs, and what any had to read again; the state is the same on every rank; all ranks must then ask for
+        batches alike.
         `keep_empty`: also one rank alone gives out packs of nothing, so that a step of so many packs is the same for
         any number of ranks.
         `data_timeout_s` bounds the wait for one pack of a worker.
@@ -107,10 +110,11 @@ class Stream(Generic[Encoded, Packed]):
         while True:
             made = self._next_made()
             self._consumed = made.state
-            # With workers, what was read again here was so on opening.
-            for retried in (*self._maker.take_retries(), *made.retried):
-                self.skips.retry(*retried)
-            for event in self._events(made):
+            events, retried = self._heard(made)
+            for one in retried:
+                # Of ranks that all hear of it, one tells.
+                self.skips.retry(*one, is_logged=self._exchange is None or self._maker.rank == 0)
+            for event in events:
                 if event.hole is not None:
                     self.skips.skip(event.source, event.hole.skip, event.hole.follows_good)
                     continue
@@ -120,11 +124,21 @@ class Stream(Generic[Encoded, Packed]):
             if made.ids or self._keep_empty:
                 return Batch(made.number, made.data, made.ids, made.size.tokens, made.size.tiles)
 
-    def _events(self, made: Made[Packed]) -> Sequence[Event]:
-        """What became of the samples of this rank's pack, or of all ranks' packs of the round."""
+    def _heard(self, made: Made[Packed]) -> tuple[Sequence[Event], Sequence[Retried]]:
+        """What became of samples and of reads, for this rank's pack or for all ranks' packs of the round."""
+        # With workers, what was read again here was so on opening.
+        retried = (*self._maker.take_retries(), *made.retried)
         if self._exchange is None:
-            return made.events
-        return [event for part in self._exchange(encode_events(made.events)) for event in decode_events(part)]
+            return made.events, retried
+        told = [encode_events(made.events), [(source, count, sendable(last)) for source, count, last in retried]]
+        parts = [
+            msgspec.msgpack.decode(part, type=tuple[bytes, list[tuple[str, int, str]]])
+            for part in self._exchange(msgspec.msgpack.encode(told))
+        ]
+        return (
+            [event for events, _ in parts for event in decode_events(events)],
+            [Retried(*one) for _, theirs in parts for one in theirs],
+        )
 
     def start(self) -> None:
         """Let workers begin before the first batch is asked for; without workers there is nothing to start."""

@@ -4,6 +4,9 @@ from typing import Literal
 
 import msgspec
 
+_LONGEST_S = 1_000_000
+"""Longest time that is waited for anything: eleven days. The system takes no endless one."""
+
 
 def _require(is_valid: bool, what: str, rule: str, got: object, advice: str) -> None:
     if not is_valid:
@@ -131,7 +134,9 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         """Raise ValueError for what does not go together."""
-        _require(self.timeout_s > 0, "parallel.timeout_s", "a number > 0", self.timeout_s, "use several minutes")
+        is_time = 0 < self.timeout_s <= _LONGEST_S
+        rule = f"seconds, above 0 and at most {_LONGEST_S:,}"
+        _require(is_time, "parallel.timeout_s", rule, self.timeout_s, "use several minutes")
         if self.offload_optimizer:
             what = "parallel.offload_optimizer"
             _require(self.engine in ("zero1", "zero2", "zero3"), what, "zero1, zero2 or zero3", self.engine, "name one")
