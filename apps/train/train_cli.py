@@ -71,9 +71,10 @@ def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """Split `FLAG VALUE` (or `FLAG=VALUE`) off the arguments."""
     for index, argument in enumerate(arguments):
         if argument == flag:
-            if index + 1 == len(arguments):
-                _refuse(f"{flag}: expected a name, got nothing behind it; name one")
-            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+            following = arguments[index + 1] if index + 1 < len(arguments) else "nothing"
+            if index + 1 == len(arguments) or following.startswith("--"):
+                _refuse(f"{flag}: expected a name or number, got {following} behind it; give one")
+            return following, arguments[:index] + arguments[index + 2 :]
         if argument.startswith(f"{flag}="):
             return argument.removeprefix(f"{flag}="), arguments[:index] + arguments[index + 1 :]
     return None, arguments

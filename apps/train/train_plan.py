@@ -200,6 +200,8 @@ def _memory_lines(
         f"in each sum: activations of a full pack, {kept:.1f} GiB, or {checkpointed:.1f} with checkpointing; "
         f"head and loss, {loss / _GIB:.1f}; autocast's copies of the weights, {copies / _GIB:.1f}; these are estimates",
         f"It fits if the sum is at most {_USED_SHARE:.0%} of the memory. Host: that of the device's own share.",
+        "Asked for by --parallel.engine ddp, zero1, zero2 or zero3, --parallel.offload-optimizer and -parameters (on the "
+        "host), --parallel.recompute (checkpointed).",
     ]
 
 
@@ -274,7 +276,8 @@ def _time_lines(
             )
             step = max(computing, sending)
             cells += [f"{sending:.2f}"] if not repeated else []
-            cells += [f"{step:.2f}", f"{step * stage.train.max_steps / 86_400:.1f}"]
+            days = step * stage.train.max_steps / 86_400
+            cells += [f"{step:.2f}", f"{days:.1f}" if days >= 1 else f"{days:.2f}"]
         lines.append(f"{name:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     tokens = packs.mean_tokens * stage.train.accumulation_steps * stage.train.max_steps
     return [
