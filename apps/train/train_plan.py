@@ -200,8 +200,8 @@ def _memory_lines(
         f"in each sum: activations of a full pack, {kept:.1f} GiB, or {checkpointed:.1f} with checkpointing; "
         f"head and loss, {loss / _GIB:.1f}; autocast's copies of the weights, {copies / _GIB:.1f}; these are estimates",
         f"It fits if the sum is at most {_USED_SHARE:.0%} of the memory. Host: that of the device's own share.",
-        "Asked for by --parallel.engine ddp, zero1, zero2 or zero3, --parallel.offload-optimizer and -parameters (on the "
-        "host), --parallel.recompute (checkpointed).",
+        "Asked for by --parallel.engine ddp, zero1, zero2 or zero3; --parallel.offload-optimizer and "
+        "--parallel.offload-parameters (on the host); --parallel.recompute (checkpointed).",
     ]
 
 
