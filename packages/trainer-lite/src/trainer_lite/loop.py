@@ -276,6 +276,7 @@ class Trainer(Generic[BatchT]):
         if update is None:
             return None
         loss = update.loss
+        self.processes.at(f"step {counters.step + 1}, gradient norm", is_bounded=True)
         grad_norm = self.engine.gradient_norm(update.num_targets)
         if self.engine.is_shared:
             grad_norm = self._agreed(grad_norm)
@@ -283,11 +284,12 @@ class Trainer(Generic[BatchT]):
         factor = learning_rate_factor(counters.updates, cfg.max_steps, cfg.schedule)
         reason = left_out(loss, grad_norm, update.num_targets, counters.recent_losses, cfg)
         self.journal.note_suspects(counters.step + 1, update, grad_norm, counters.recent_losses, reason)
-        self.processes.at(f"step {counters.step + 1}, update")
+        self.processes.at(f"step {counters.step + 1}, update", is_bounded=True)
         if reason is None:
             self.engine.update(update.num_targets, grad_norm, factor)
         else:
             self.engine.drop()
+        self.processes.at(f"step {counters.step + 1}, end")
         self._count(update, reason)
 
         elapsed_s = time.perf_counter() - start_s
@@ -371,7 +373,6 @@ class Trainer(Generic[BatchT]):
 
     def _agreed(self, grad_norm: float) -> float:
         """One figure for all ranks, so that all of them make or skip the update; not finite if it is so on one."""
-        self.processes.at(f"step {self.counters.step + 1}, gradient norm")
         told = self.processes.share([grad_norm, self.stop.is_set])
         self._is_stopping = any(is_set for _, is_set in told)
         return next((norm for norm, _ in told if not math.isfinite(norm)), told[0][0])
