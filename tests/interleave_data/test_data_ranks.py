@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from random import Random
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from interleave_data import (
     Batch,
+    DataError,
     Encoder,
     InMemory,
     PlanConfig,
@@ -74,7 +76,13 @@ class Far(InMemory):
         return taken, "a cut"
 
 
-def stream(rank: int = 0, count: int = 1, meeting: Meeting | None = None, max_share: float = 0.5) -> Stream[Any, Any]:
+def stream(
+    rank: int = 0,
+    count: int = 1,
+    meeting: Meeting | None = None,
+    max_share: float = 0.5,
+    encoder: Encoder[Item, list[str]] | None = None,
+) -> Stream[Any, Any]:
     sources = [
         Far(name, [Sample(f"{name}{i}", name, (Turn("assistant", (TextPart(name),)),)) for i in range(size)])
         for name, size in (("pictures", 90), ("text", 41))
@@ -82,7 +90,7 @@ def stream(rank: int = 0, count: int = 1, meeting: Meeting | None = None, max_sh
     cfg = PlanConfig(ratios=(2, 1), max_tokens=16, look_ahead=8, seed=3, group_by_length=True, epochs=(1, 1))
     return Stream(
         sources,
-        Words(),
+        encoder or Words(),
         cfg,
         rank=rank,
         num_ranks=count,
@@ -142,6 +150,32 @@ def test_what_any_rank_read_again_is_counted_on_each_and_logged_by_one(count: in
     assert retries == [{"pictures": num_packs, "text": num_packs}] * count
     # Each time that the number of a source has doubled.
     assert len(caplog.records) <= 2 * num_packs.bit_length()
+
+
+def test_a_sample_that_one_rank_alone_cannot_read_ends_all_ranks() -> None:
+    """Else that rank's packs would be others from there on: samples doubled here and lost there."""
+
+    class Damaged(Words):
+        def measure(self, sample: Any, limit: Size | None = None, /) -> Size:
+            if sample.id == "text17":
+                raise SkipSample(SkipReason.UNREADABLE_FILE, "on this host alone")
+            return super().measure(sample, limit)
+
+    meeting = Meeting(2)
+
+    def run(rank: int) -> list[Any]:
+        made = stream(rank, 2, meeting, encoder=Words() if rank == 0 else Damaged())
+        batches: list[Any] = []
+        with pytest.raises(DataError, match="same plan on all ranks, got another on 1 than on 0"):
+            batches.extend(batch.ids for batch in made)
+        return batches
+
+    with ThreadPoolExecutor(2) as threads:
+        ended = list(threads.map(run, range(2)))
+    assert len(ended[0]) == len(ended[1])
+    # Nothing came behind the difference.
+    expected = [batch.ids for batch in stream()]
+    assert [one for turn in zip(*ended, strict=True) for one in turn] == expected[: 2 * len(ended[0])]
 
 
 @pytest.mark.parametrize("count", [2, 4])

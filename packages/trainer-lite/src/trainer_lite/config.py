@@ -130,8 +130,8 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     recompute: bool = False
     """Compute each layer's activations a second time in the backward pass, and do not keep them (checkpointing)."""
     timeout_s: float = 600.0
-    """Longest silence of a process, longest wait of the others for it (also in a checkpoint), and longest that a batch or
-    an update may take; then it is named and the run ends."""
+    """Longest silence of a process, longest wait of the others for it (also in a checkpoint), and longest that a batch
+    or an update may take; then it is named and the run ends."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what does not go together."""
