@@ -313,8 +313,8 @@ class Watchman(threading.Thread):
             behind = f"{self._called(rank)}: last seen at {sign.place}"
             if sign.progress < self._progress:
                 return (
-                    f"{behind}, alive but without progress for {now_s - moved_s:.1f} s; it hangs; all ranks end; go on "
-                    "with --resume auto"
+                    f"{behind}, alive but without progress for {now_s - moved_s:.1f} s; it hangs, or needs longer than "
+                    "parallel.timeout_s; all ranks end; go on with --resume auto"
                 )
             if sign.progress == self._progress and self._is_bounded:
                 return (
