@@ -62,13 +62,14 @@ class Files:
         raise NotImplementedError
 
 
-def shared_stream(tiny, processes: Processes) -> Any:
-    """Every second batch."""
+def share_of(tiny, processes: Processes) -> Any:
+    """The rank's batches, whose ids are names that are no UTF-8."""
 
     class Every(tiny.stream):
         def __iter__(self) -> Iterator[Any]:
             for number, batch in enumerate(super().__iter__()):
-                if number % COUNT == processes.rank:
+                batch.sample_ids = [f"{name}\udcff" for name in batch.sample_ids]
+                if number % processes.count == processes.rank:
                     yield batch
 
     return Every((3, 2))
@@ -89,7 +90,7 @@ def trained(tiny, folder: Path, prepare: Callable[[Trainer[Any]], None], **setti
         trainer = tiny.trainer(
             TrainConfig(max_steps=STEPS, accumulation_steps=2, **settings),
             model=model,
-            stream=shared_stream(tiny, processes),
+            stream=share_of(tiny, processes),
             run=first if number == 0 else RunFolder(folder),
             files=Files(model.network),
             processes=processes,
@@ -102,6 +103,16 @@ def trained(tiny, folder: Path, prepare: Callable[[Trainer[Any]], None], **setti
 
     with ThreadPoolExecutor(COUNT) as threads:
         return list(threads.map(rank, range(COUNT)))
+
+
+def test_two_ranks_have_the_order_and_losses_of_one(tiny, tmp_path: Path) -> None:
+    trained(tiny, tmp_path / "two", lambda trainer: None)
+    one = RunFolder.create(tmp_path / "one", {})
+    cfg = TrainConfig(max_steps=STEPS, accumulation_steps=2)
+    tiny.trainer(cfg, dropout=0.0, stream=share_of(tiny, Processes()), run=one).fit()
+    ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    assert [record.samples_digest for record in ours] == [record.samples_digest for record in theirs]
+    assert [record.loss for record in ours] == pytest.approx([record.loss for record in theirs], rel=1e-6)
 
 
 def fail_to_sync_at(step: int) -> Callable[[Trainer[Any]], None]:

@@ -23,13 +23,21 @@ def sum_together(engine: Engine[BatchT], own: Sequence[BatchT], *, seed: int, st
         ValueError: as `checked_loss`, or a loss runs over another number of targets than its batch has.
     """
     processes = engine.processes
-    told = [[batch.sample_ids, batch.num_targets, batch.num_tokens if batch.sample_ids else 0] for batch in own]
+    # Ids as bytes: of names that files gave, some are no UTF-8.
+    told = [
+        [
+            [name.encode("utf-8", "surrogatepass") for name in batch.sample_ids],
+            batch.num_targets,
+            batch.num_tokens if batch.sample_ids else 0,
+        ]
+        for batch in own
+    ]
     facts = in_order(processes.share(told))
     if not facts:
         return None
     update = UpdateSum()
     for ids, num_targets, num_tokens in facts:
-        update.sample_ids += ids
+        update.sample_ids += [name.decode("utf-8", "surrogatepass") for name in ids]
         update.num_targets += num_targets
         update.num_tokens += num_tokens
     before = rng_state()
