@@ -55,6 +55,13 @@ def test_ranks_that_stand_at_one_place_hang_where_that_is_bounded(is_bounded: bo
     assert "alive but without progress" in look(first, second, TIMEOUT_S + 1)
 
 
+def test_an_error_that_names_a_file_in_no_utf8_reaches_the_others() -> None:
+    first, second = pair()
+    assert first.explain(ValueError("a\udcff.tar is bad\nmore")) is None
+    second.read_signs()
+    assert second._look().startswith("rank 0: ended with ValueError: a\\udcff.tar is bad; all ranks end")
+
+
 @pytest.mark.parametrize(("rank", "count"), [("one", "2"), ("2", "2"), ("0", "0"), ("-1", "2"), ("0", "")])
 def test_an_environment_that_makes_no_sense_is_named(monkeypatch, rank: str, count: str) -> None:
     monkeypatch.setenv("RANK", rank)

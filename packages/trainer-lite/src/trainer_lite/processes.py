@@ -237,7 +237,9 @@ class Watchman(threading.Thread):
             if self._found.wait(2 * _SUSPICION_S + 3 * self.interval_s):
                 self._is_handled = True
                 return RankLostError(self._finding)
-        words = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        # A file's name may be no UTF-8, which the store does not take.
+        said = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
+        words = said.splitlines()[0][:500]
         with suppress(RuntimeError):
             _within(_LAST_WORDS_S, partial(self._errors.set, f"error/{self.rank}", words))
         return None
