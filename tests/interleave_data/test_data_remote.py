@@ -33,6 +33,7 @@ from interleave_data import (
     SourceConfig,
     Stream,
     TextPart,
+    containers,
     http_ranges,
     load_data_file,
     open_source,
@@ -360,6 +361,24 @@ def test_an_object_that_was_replaced_is_indexed_again_on_opening(nginx, own: Pat
     (own / "a.jsonl").write_text('{"text": "of another size"}\n')
     with pytest.raises(ShardError, match="expected 38 bytes with 2 samples as indexed, got 28"):
         opened(address)
+
+
+def test_a_copy_that_is_cut_while_it_is_indexed_is_refused(monkeypatch, nginx):
+    """As by another host that shares the cache folder, but no locks."""
+    make_index = containers.make_index
+
+    def cut(path: str) -> Any:
+        lines = Path(path).read_bytes().splitlines(keepends=True)
+        Path(path).write_bytes(b"".join(lines[:-1]))
+        return make_index(path)
+
+    monkeypatch.setattr(containers, "make_index", cut)
+    address = f"http://127.0.0.1:{nginx.port}/text-0.jsonl"
+    with pytest.raises(ShardError, match=r"text-0\.jsonl: expected \d+ bytes in the copy at .*XDG_CACHE_HOME"):
+        opened(address)
+    # Nothing of it is kept.
+    monkeypatch.setattr(containers, "make_index", make_index)
+    assert len(opened(address)) == 7
 
 
 def test_bytes_that_stay_wrong_are_skipped_as_on_a_disk(nginx, own: Path):
