@@ -210,6 +210,7 @@ class Trainer(Generic[BatchT]):
 
         Raises:
             NonFiniteError: max_nonfinite_steps steps in a row were not finite.
+            RankLostError: another rank has ended, hangs or cannot be reached.
             SaveError: a checkpoint could not be written: the last one, or one on the way under `on_save_error="stop"`.
             ValueError: the model breaks the contract of `LossSum`.
         """
