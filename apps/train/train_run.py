@@ -1,24 +1,21 @@
 """Carry out a command line: all stages, one stage, or the warm-up; turn trouble into one message and an exit status."""
 
-import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
-from blip3_lite import Blip3, CheckpointError, FeatureCache, LoadedModel, Processor, load_tokenizer
+from blip3_lite import Blip3, FeatureCache, LoadedModel, Processor, load_tokenizer
 from blip3_lite.assembly import join_parts, load_tower
 from blip3_lite.checkpoint import read_config
-from blip3_lite.folder import file_sha256
 from blip3_lite.model import undrawn_model
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
 from interleave_data import DataError, Sample, SkipSample, TextPart, TooManySkips, WorkerError
 from phi3_lite import load_lm, train_tokenizer
-from train_cli import AUTO, NEWEST
+from train_agreement import agree_on_order, agree_on_weights, created_run, run_to_continue
 from train_config import Command, DemoRun, LanguageRun, PlanRequest, StageRun, WarmupRun, run_path
 from train_demo import run_demo
 from train_dry_run import describe_plan, describe_stage, shell_config, shell_of
@@ -35,7 +32,6 @@ from train_errors import (
     checking_input,
 )
 from train_exam import Exam, StageScores
-from train_fingerprints import code_fingerprint, order_fingerprint, settings_fingerprint, weights_fingerprint
 from train_language import run_language
 from train_report import write_run_report
 from train_stages import (
@@ -71,8 +67,6 @@ from trainer_lite.engine import check_deepspeed
 from trainer_lite.processes import rank_and_count
 
 _TOKENIZER_SAMPLES = 2000
-_SEEN_WITHIN_S = 60.0
-"""A network file system may remember for so long that a file was not there."""
 
 
 def run(command: Command) -> int:
@@ -162,15 +156,15 @@ def _run_warmup_alone(recipe: str, config: WarmupRun, stop: StopFlag) -> bool:
 def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: Processes) -> bool:
     path = run_path(recipe, config.out)
     with checking_input():
-        data = _agreed_data(recipe, config, processes)
-        run_folder, resume = _run_to_continue(path, config, processes)
+        data = _stage_data(recipe, config)
+        agree_on_order(recipe, config, data, processes)
+        run_folder, resume = run_to_continue(path, config, processes)
         torch.manual_seed(config.stage.train.seed)
         model, processor = _new_model(config, data) if resume is None else _model_shell(resume, data)
-        if resume is None and processes.count > 1:
-            # Of a folder of the same name, or drawn by another kind of processor.
-            processes.agree({"weights": weights_fingerprint(model)})
+        if resume is None:
+            agree_on_weights(model, processes)
         if run_folder is None:
-            run_folder = _created(path, recipe, config, processes)
+            run_folder = created_run(path, recipe, config, processes)
         elif resume is None and processes.is_first:
             run_folder.rewind(recipe, 0)
         # Kept features call the tower as often as there are new pictures: not where it is cut in parts.
@@ -213,15 +207,6 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: P
     return True
 
 
-def _agreed_data(recipe: str, config: StageRun, processes: Processes) -> StageData:
-    """The stage's data, which are the same on all hosts, as are code and settings."""
-    data = _stage_data(recipe, config)
-    if processes.count > 1:
-        facts = {"code": code_fingerprint(), "settings": settings_fingerprint(recipe, config)}
-        processes.agree({**facts, "data": data.fingerprint, "order": order_fingerprint(config.stage, data)})
-    return data
-
-
 def _asked(
     recipe: str, config: StageRun, model: Blip3, processor: Processor, features: FeatureCache | None, path: Path
 ) -> dict[str, StageScores]:
@@ -249,69 +234,6 @@ def _report(
     }
     if write_run_report(run_folder, recipe, facts, scores):
         say(f"report {run_folder.report_path}")
-
-
-def _reopened(path: Path, processes: Processes) -> RunFolder:
-    """The run's folder; the first process alone holds and clears it."""
-    found: list[RunFolder] = [RunFolder(path)]
-
-    def reopen() -> None:
-        if processes.is_first:
-            found[0] = RunFolder.reopen(path)
-
-    processes.together("run folder", reopen)
-    return found[0]
-
-
-def _created(path: Path, recipe: str, config: StageRun, processes: Processes) -> RunFolder:
-    found: list[RunFolder] = [RunFolder(path)]
-
-    def create() -> None:
-        if processes.is_first:
-            saved = {"recipe": recipe, "config": msgspec.structs.replace(config, resume=None)}
-            found[0] = RunFolder.create(path, saved)
-
-    processes.together("run folder", create)
-    _check_seen_by_all(found[0], processes)
-    return found[0]
-
-
-def _check_seen_by_all(run_folder: RunFolder, processes: Processes) -> None:
-    """Every rank will write its share of the checkpoints there, hours from now.
-
-    Raises:
-        ValueError: on every rank, if the new folder is on a disk that one of them does not see.
-    """
-    if processes.count == 1:
-        return
-    end_s = time.monotonic() + _SEEN_WITHIN_S
-    while not run_folder.config_path.is_file() and time.monotonic() < end_s:
-        time.sleep(0.5)
-    seen = "there" if run_folder.config_path.is_file() else "not there (--out has to be on a disk that all hosts share)"
-    processes.agree({f"run folder {run_folder.path}": seen})
-
-
-def _run_to_continue(path: Path, config: StageRun, processes: Processes) -> tuple[RunFolder | None, Path | None]:
-    """The run's folder, if it is not to be a new one, and the checkpoint to go on from, if there is one."""
-    # A run of which there is only a folder has died before it was one.
-    is_new = config.resume is None or (config.resume == AUTO and not RunFolder(path).config_path.exists())
-    # As the first process sees it, before it makes the folder.
-    if processes.share(is_new)[0]:
-        return None, None
-    run_folder = _reopened(path, processes)
-    return run_folder, _agreed_resume_point(run_folder, str(config.resume), processes)
-
-
-def _agreed_resume_point(run_folder: RunFolder, wish: str, processes: Processes) -> Path | None:
-    """The checkpoint that the first process finds; the others must see the same one."""
-    found = _resume_point(run_folder, wish) if processes.is_first else None
-    first = processes.share(None if found is None else str(found))[0]
-    if first is None:
-        return None
-    manifest = Path(first) / "MANIFEST.json"
-    seen = file_sha256(manifest) if manifest.is_file() else "no such folder"
-    processes.agree({f"checkpoint {first}": seen})
-    return Path(first)
 
 
 def _progress(processes: Processes) -> Progress:
@@ -399,24 +321,6 @@ def _texts(data: StageData) -> Iterator[str]:
                 yield from (part.text for part in turn.parts if isinstance(part, TextPart))
             if not isinstance(sample, Sample):
                 yield from (sample.chosen, sample.rejected)
-
-
-def _resume_point(run_folder: RunFolder, wish: str) -> Path | None:
-    """The checkpoint to go on from; None where the run ended before it saved one, so that it begins again."""
-    if wish not in (NEWEST, AUTO):
-        named = Path(wish)
-        if named.resolve().parent != run_folder.checkpoints_path.resolve():
-            raise BadInputError(
-                f"--resume: expected auto, newest or a folder in {run_folder.checkpoints_path}, got {wish}; a "
-                "checkpoint of another run can start a stage with --init"
-            )
-        return named
-    found = run_folder.find_checkpoint()
-    for refused in found.refused:
-        say(f"warning: passed over: {refused}")
-    if found.path is None and found.refused:
-        raise CheckpointError(f"run folder {run_folder.path}: expected a whole checkpoint, got none; start another run")
-    return found.path
 
 
 def _feature_cache(model: Blip3, config: StageRun) -> FeatureCache | None:

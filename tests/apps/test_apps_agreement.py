@@ -15,7 +15,7 @@ from trainer_lite import Processes
 @pytest.mark.parametrize("setting", ["ratios", "epochs", "skip_limits"])
 def test_data_files_that_differ_in_more_than_sources_make_other_orders(parse, setting: str) -> None:
     from interleave_data import SkipLimits
-    from train_fingerprints import order_fingerprint
+    from train_agreement import order_fingerprint
     from train_stages import StageData
 
     stage = parse("sft").stage
@@ -30,7 +30,7 @@ def test_data_files_that_differ_in_more_than_sources_make_other_orders(parse, se
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
 def test_one_other_bit_makes_other_weights(parse, dtype: torch.dtype) -> None:
-    from train_fingerprints import weights_fingerprint
+    from train_agreement import weights_fingerprint
 
     model, other = nn.Module(), nn.Module()
     numbers = torch.arange(1, 15).reshape(2, 7).to(dtype)
@@ -44,6 +44,7 @@ def test_one_other_bit_makes_other_weights(parse, dtype: torch.dtype) -> None:
 
 def test_a_run_compares_code_settings_data_order_weights_and_folder(train, monkeypatch, capsys, toy_flags) -> None:
     """As the second of two ranks, on a host whose disk is another one."""
+    import train_agreement
     import train_run
 
     told: list[Mapping[str, str]] = []
@@ -62,7 +63,7 @@ def test_a_run_compares_code_settings_data_order_weights_and_folder(train, monke
         yield Second(1, 2)
 
     monkeypatch.setattr(train_run, "join", joined)
-    monkeypatch.setattr(train_run, "_SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(train_agreement, "_SEEN_WITHIN_S", 0.0)
     assert train("sft", *toy_flags, "--accumulation-steps", "2", "--world-samples", "20") == 2
     assert "--out has to be on a disk that all hosts share" in capsys.readouterr().err
     compared = [sorted(facts) for facts in told]
