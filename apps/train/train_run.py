@@ -43,6 +43,7 @@ from train_stages import (
     fit_stage,
     make_stream,
     merge_adapters,
+    num_parameters,
     say,
     stage_trainer,
 )
@@ -228,7 +229,7 @@ def _report(
     """Write report.html, and say where, if a step has been made."""
     trained = trainer.optimizers.parameters.values()
     facts = {
-        "parameters trained": f"{sum(parameter.numel() for parameter in trained) / 1e6:.2f} M",
+        "parameters trained": f"{num_parameters(trained) / 1e6:.2f} M",
         "seed": trainer.cfg.seed,
         "time of the steps": f"{trainer.counters.wall_s:.0f} s",
     }

@@ -69,3 +69,12 @@ def test_a_run_compares_code_settings_data_order_weights_and_folder(train, monke
     compared = [sorted(facts) for facts in told]
     assert compared == [["code", "data", "order", "settings"], ["weights"], ["run folder runs/sft"]]
     assert not Path("runs").exists()
+
+
+def test_parameters_in_parts_count_as_wholes(parse) -> None:
+    from train_stages import num_parameters
+
+    # As DeepSpeed leaves one under ZeRO-3.
+    part = nn.Parameter(torch.empty(0))
+    part.ds_numel = 35
+    assert num_parameters([part, nn.Parameter(torch.empty(2, 3))]) == 41
