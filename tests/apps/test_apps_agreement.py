@@ -76,5 +76,5 @@ def test_parameters_in_parts_count_as_wholes(parse) -> None:
 
     # As DeepSpeed leaves one under ZeRO-3.
     part = nn.Parameter(torch.empty(0))
-    part.ds_numel = 35
+    part.ds_numel = 35  # type: ignore[attr-defined]
     assert num_parameters([part, nn.Parameter(torch.empty(2, 3))]) == 41
