@@ -686,6 +686,7 @@ def test_addresses_are_shown_without_what_lets_in():
     assert shown("https://u:p@host:1/a/b.tar?sig=1") == "https://host:1/a/b.tar?…"
     assert shown("s3://u:p@bucket/a?b#c.tar") == "s3://bucket/a?b#c.tar"
     assert shown("data/a.tar") == "data/a.tar"
+    assert shown("s3://") == "s3://"
     assert shown("https://u:p@[::1/a.tar") == "https://…"
     assert "secret" not in repr(remote.RemoteObject("https://me:secret@host/a.tar").slice(0, 5))
 
