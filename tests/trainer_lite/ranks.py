@@ -15,7 +15,7 @@ from trainer_lite import read_metrics
 
 PROGRAM = Path(__file__).with_name("ranks_run.py")
 _FORKS = Path(__file__).with_name("ranks_forks.py")
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: forked ranks, and /proc")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: its ranks are forked")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3") if find_spec("deepspeed") else ("ddp",)
 """Those that can be tried here."""
@@ -56,9 +56,8 @@ class Forks:
 
     def close(self) -> None:
         """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        # Waits, and closes its files.
+        self._process.communicate()
 
 
 def losses(folder: Path, name: str) -> list[float]:

@@ -36,6 +36,8 @@ class Launch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Another number of processes than there are, for them to be told."""
     most_s: float = 400.0
     """After this long they are killed: so that a hang ends, far beyond what a slow machine needs."""
+    is_over_with_first: bool = False
+    """Kill the others when one has ended: a process that was stopped stays so."""
 
 
 def free_port() -> int:
@@ -51,6 +53,7 @@ class Ranks:
     def __init__(self, launch: Launch) -> None:
         port = launch.port or free_port()
         self.deadline_s = time.monotonic() + launch.most_s
+        self.is_over_with_first = launch.is_over_with_first
         self.logs = [Path(launch.folder) / f"rank-{rank}-{time.monotonic_ns()}.log" for rank in range(launch.count)]
         self.processes = [_fork(launch, rank, port, log) for rank, log in enumerate(self.logs)]
         self.statuses: dict[int, int] = {}
@@ -63,15 +66,11 @@ class Ranks:
                 if ended:
                     self.statuses[process] = os.waitstatus_to_exitcode(status)
         left = [process for process in self.processes if process not in self.statuses]
-        # A process that has been stopped stays so; the others have noticed by then.
-        if time.monotonic() > self.deadline_s or (self.statuses and all(_is_stopped(process) for process in left)):
+        is_over = self.is_over_with_first and len(self.statuses) > 0
+        if is_over or time.monotonic() > self.deadline_s:
             for process in left:
                 os.kill(process, signal.SIGKILL)
         return not left
-
-
-def _is_stopped(process: int) -> bool:
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _fork(launch: Launch, rank: int, port: int, log: Path) -> int:

@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(two: Path, forks
     assert len(told) == 2
     for rank in told:
         assert "table.weight" in rank["error"]
-        assert "(11, 20)" in rank["error"]
+        assert "tower.2.weight: expected [20, 40], got [16, 32]" in rank["error"]
 
 
 @needs_linux
@@ -246,14 +246,14 @@ def lost(forks, tmp_path_factory) -> dict[str, list[tuple[int, str]]]:
     """How ranks ended that waited for others; all begun at once, as waiting takes no core."""
     folder = tmp_path_factory.mktemp("lost")
     # Longer than a rank that lives is ever kept from its core.
-    waiting = {"steps": 6, "timeout_s": 20, "is_saved": False}
+    waiting = {"steps": 6, "timeout_s": 12, "is_saved": False}
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         ended = forks.at_once(
             folder,
-            {"count": 2, "jobs": [{"name": "hang", "hang": [3, 1], **waiting}]},
-            {"count": 2, "jobs": [{"name": "doze", "doze": [3, 1], **waiting}]},
+            {"count": 2, "jobs": [{"name": "hang", "hang": [3, 1], **waiting}], "is_over_with_first": True},
+            {"count": 2, "jobs": [{"name": "doze", "doze": [3, 1], **waiting}], "is_over_with_first": True},
             {"count": 1, "told": 2, "jobs": [{"name": "x", "timeout_s": 3}], "port": taken.getsockname()[1]},
             {"count": 1, "told": 2, "jobs": [{"name": "x", "timeout_s": 3}]},
         )
@@ -266,7 +266,7 @@ def test_a_rank_that_hangs_is_named(lost, how: str, words: str) -> None:
     status, said = lost[how][0]
     assert status == LOST_STATUS, said[-2000:]
     assert "rank 1 (" in said
-    assert "last seen at step 3, data" in said
+    assert "last seen at step" in said
     assert words in said
 
 
