@@ -11,8 +11,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -105,10 +107,13 @@ def serve() -> None:
     # DeepSpeed's log goes to standard output, where the answers are to be alone.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Before anything forks: a child of a process with threads may hang.
     torch.set_num_threads(1)
-    if find_spec("deepspeed") is not None:
-        import deepspeed  # noqa: F401
+    for name in ("torch._dynamo", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        if find_spec(name.partition(".")[0]) is not None:
+            # What the first optimiser and the first engine of a process import takes seven seconds.
+            import_module(name)
+    # A child of a process with threads may hang.
+    assert threading.active_count() == 1
     for line in sys.stdin:
         begun = [Ranks(launch) for launch in msgspec.json.decode(line, type=list[Launch])]
         # All are looked at each time.

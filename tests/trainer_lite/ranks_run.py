@@ -77,6 +77,8 @@ class Job(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """(step, rank) whose process is stopped there, as by a machine that swaps."""
     doze: tuple[int, int] | None = None
     """(step, rank) that waits there for what never comes, as for a file on a dead disk."""
+    stall: tuple[int, int] | None = None
+    """(step, rank) that waits so in the middle of its forward pass."""
     unlike: str = ""
     """What is another on each host: its code, or its data."""
     width: int = WIDTH
@@ -136,8 +138,10 @@ class Model:
         torch.manual_seed(1)
         self.network = Network(width)
         self.factor = 1.0
+        self.pause_s = 0.0
 
     def loss(self, batch: Rows) -> LossSum:
+        time.sleep(self.pause_s)
         scores = self.network(batch)
         losses = nn.functional.cross_entropy(scores.float(), batch.targets, reduction="sum", ignore_index=-100)
         losses = losses * self.factor
@@ -275,6 +279,7 @@ def run(job: Job, folder: Path, processes: Processes) -> dict[str, Any]:
             time.sleep(1000)
         # A step's batches are all fetched before the first of them is run.
         made.factor = float("inf") if job.blow == (step, processes.rank) else 1.0
+        made.pause_s = 1000.0 if job.stall == (step, processes.rank) else 0.0
         if job.poison == (step, processes.rank):
             for parameter in made.network.parameters():
                 if parameter.requires_grad:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,6 +37,8 @@ _SUSPICION_S = 3.0
 """How long a rank may be silent once an operation that it takes part in has failed."""
 _LAST_WORDS_S = 3.0
 """How long an error may take to reach its handler before the watchman ends the process in its place."""
+_BETWEEN_RANKS = frozenset(("distributed", "deepspeed"))
+"""Folders of the code that waits for other ranks: torch's, and DeepSpeed's."""
 
 
 class RankLostError(RuntimeError):
@@ -50,6 +53,8 @@ class _Sign(msgspec.Struct, array_like=True):
     place: str
     host: str
     process: int
+    is_waiting: bool
+    """Whether it is in an operation between ranks."""
 
 
 class Processes:
@@ -162,6 +167,7 @@ class Watchman(threading.Thread):
         self._seen: dict[int, tuple[_Sign, float, float]] = {}
         self._answered_s = time.monotonic()
         self._is_handled = self._is_explained = False
+        self._trainer = threading.get_ident()
         self._tell(0)
 
     @property
@@ -209,8 +215,14 @@ class Watchman(threading.Thread):
         return None
 
     def _tell(self, beat: int) -> None:
-        sign = _Sign(beat, self._progress, self._place, socket.gethostname(), os.getpid())
+        sign = _Sign(beat, self._progress, self._place, socket.gethostname(), os.getpid(), self._is_waiting)
         self._store.set(f"sign/{self.rank}", msgspec.json.encode(sign).decode())
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether the innermost call of the training thread is one between ranks; unknown, False, on a GPU's stream."""
+        frame = sys._current_frames().get(self._trainer)  # pyright: ignore[reportPrivateUsage]
+        return frame is not None and not _BETWEEN_RANKS.isdisjoint(Path(frame.f_code.co_filename).parts)
 
     def _ask(self) -> None:
         others = [rank for rank in range(self.count) if rank != self.rank]
@@ -263,7 +275,10 @@ class Watchman(threading.Thread):
                     f"{behind}, no sign of life for {now_s - lived_s:.1f} s; it has died or is cut off; all ranks end; "
                     "go on with --resume auto"
                 )
-            is_waited_for = sign.progress < self._progress and now_s - self._moved_s > self.timeout_s
+            is_behind = sign.progress < self._progress
+            # In the middle of a forward pass both are at one place; before the first place one may take its time.
+            is_beside = sign.progress == self._progress > 0 and self._is_waiting and not sign.is_waiting
+            is_waited_for = (is_behind or is_beside) and now_s - self._moved_s > self.timeout_s
             if is_waited_for and now_s - moved_s > self.timeout_s:
                 return (
                     f"{behind}, alive but without progress for {now_s - moved_s:.1f} s; it hangs; all ranks end; go on "
