@@ -37,6 +37,8 @@ _SUSPICION_S = 3.0
 """How long a rank may be silent once an operation that it takes part in has failed."""
 _LAST_WORDS_S = 3.0
 """How long an error may take to reach its handler before the watchman ends the process in its place."""
+_GREETING_S = 0.05
+"""How often the others are asked for until they have told who they are."""
 _BETWEEN_RANKS = frozenset(("distributed", "deepspeed"))
 """Folders of the code that waits for other ranks: torch's, and DeepSpeed's."""
 
@@ -227,7 +229,8 @@ class Watchman(threading.Thread):
     def _ask(self) -> None:
         others = [rank for rank in range(self.count) if rank != self.rank]
         beat = 0
-        while not self._is_ended.wait(self.interval_s):
+        # Often, until all have been heard of: so that one which ends at once has a name.
+        while not self._is_ended.wait(self.interval_s if len(self._seen) == len(others) else _GREETING_S):
             beat += 1
             try:
                 self._tell(beat)
