@@ -1,7 +1,10 @@
 """Fixtures for every test: where the sample data are, and a clean, repeatable torch for each test."""
 
+import json
+import platform
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,26 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--figures FILE`: where long tests write what they measured."""
+    parser.addoption("--figures", type=Path, help="JSON lines, appended: what long tests measured")
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Add a line of figures, with the test's name and what it ran on, to the file that `--figures` names."""
+    path = request.config.getoption("--figures")
+
+    def note(**measured: object) -> None:
+        if path is None:
+            return
+        told = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "machine": platform.machine()}
+        with path.open("a") as lines:
+            lines.write(json.dumps({"test": request.node.name.partition("[")[0], **measured, **told}) + "\n")
+
+    return note
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,6 +37,10 @@ _SUSPICION_S = 3.0
 """How long a rank may be silent once an operation that it takes part in has failed."""
 _LAST_WORDS_S = 3.0
 """How long an error may take to reach its handler before the watchman ends the process in its place."""
+_GREETING_S = 0.05
+"""How often the others are asked for until they have told who they are."""
+_BETWEEN_RANKS = frozenset(("distributed", "deepspeed"))
+"""Folders of the code that waits for other ranks: torch's, and DeepSpeed's."""
 
 
 class RankLostError(RuntimeError):
@@ -66,6 +71,8 @@ class _Sign(msgspec.Struct, array_like=True):
     place: str
     host: str
     process: int
+    is_waiting: bool
+    """Whether it is in an operation between ranks."""
 
 
 class Processes:
@@ -190,6 +197,7 @@ class Watchman(threading.Thread):
         self._seen: dict[int, tuple[_Sign, float, float]] = {}
         self._answered_s = time.monotonic()
         self._is_handled = self._is_explained = False
+        self._trainer = threading.get_ident()
         self._tell(0)
 
     @property
@@ -245,12 +253,19 @@ class Watchman(threading.Thread):
         return None
 
     def _tell(self, beat: int) -> None:
-        sign = _Sign(beat, self._progress, self._place, socket.gethostname(), os.getpid())
+        sign = _Sign(beat, self._progress, self._place, socket.gethostname(), os.getpid(), self._is_waiting)
         self._store.set(f"sign/{self.rank}", msgspec.json.encode(sign).decode())
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether the innermost call of the training thread is one between ranks; unknown, False, on a GPU's stream."""
+        frame = sys._current_frames().get(self._trainer)  # pyright: ignore[reportPrivateUsage]
+        return frame is not None and not _BETWEEN_RANKS.isdisjoint(Path(frame.f_code.co_filename).parts)
 
     def _ask(self) -> None:
         beat = 0
-        while not self._is_ended.wait(self.interval_s):
+        # Often, until all have been heard of: so that one which ends at once has a name.
+        while not self._is_ended.wait(self.interval_s if len(self._seen) == self.count - 1 else _GREETING_S):
             beat += 1
             try:
                 self._tell(beat)
@@ -309,18 +324,24 @@ class Watchman(threading.Thread):
 
     def _look_for_hangs(self, now_s: float) -> str:
         """Say who has not moved for too long; the furthest behind first, for whom the others may wait."""
-        for rank, (sign, _, moved_s) in sorted(self._seen.items(), key=lambda seen: seen[1][0].progress):
-            if min(now_s - moved_s, now_s - self._moved_s) <= self.timeout_s:
-                continue
-            behind = f"{self._called(rank)}: last seen at {sign.place}"
-            if sign.progress < self._progress:
+        stuck = [
+            (sign, f"{self._called(rank)}: last seen at {sign.place}", now_s - moved_s)
+            for rank, (sign, _, moved_s) in sorted(self._seen.items(), key=lambda seen: seen[1][0].progress)
+            if min(now_s - moved_s, now_s - self._moved_s) > self.timeout_s
+        ]
+        for sign, last_seen, idle_s in stuck:
+            is_behind = sign.progress < self._progress
+            # In the middle of a forward pass both are at one place; before the first place one may take its time.
+            is_beside = sign.progress == self._progress > 0 and self._is_waiting and not sign.is_waiting
+            if is_behind or is_beside:
                 return (
-                    f"{behind}, alive but without progress for {now_s - moved_s:.1f} s; it hangs, or needs longer than "
+                    f"{last_seen}, alive but without progress for {idle_s:.1f} s; it hangs, or needs longer than "
                     "parallel.timeout_s; all ranks end; go on with --resume auto"
                 )
+        for sign, last_seen, idle_s in stuck:
             if sign.progress == self._progress and self._is_bounded:
                 return (
-                    f"{behind}, where rank {self.rank} is too, both without progress for {now_s - moved_s:.1f} s; one "
+                    f"{last_seen}, where rank {self.rank} is too, both without progress for {idle_s:.1f} s; one "
                     "of the ranks hangs, or a batch takes longer than parallel.timeout_s; all ranks end; go on with "
                     "--resume auto"
                 )
