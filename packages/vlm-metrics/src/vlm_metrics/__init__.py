@@ -3,8 +3,6 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .levenshtein import anls as anls
-    from .levenshtein import edit_distance as edit_distance
     from .answers import BinaryScore as BinaryScore
     from .answers import binary_f1 as binary_f1
     from .answers import exact_match as exact_match
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from .intervals import PairedDifference as PairedDifference
     from .intervals import paired_difference as paired_difference
     from .intervals import wilson_interval as wilson_interval
+    from .levenshtein import anls as anls
+    from .levenshtein import edit_distance as edit_distance
     from .mme import MME_COGNITION as MME_COGNITION
     from .mme import MME_PERCEPTION as MME_PERCEPTION
     from .mme import MmeItem as MmeItem

@@ -73,7 +73,7 @@ def paired_bootstrap(
 def _checked(num_resamples: int) -> int:
     if num_resamples < 40:
         raise ValueError(
-            f"num_resamples: expected at least 40, of which one lies beyond each end, got {num_resamples}; 1000 is usual"
+            f"num_resamples: expected at least 40, one beyond each end, got {num_resamples}; 1000 is usual"
         )
     return num_resamples
 

@@ -36,8 +36,8 @@ def parse_choice(response: str, options: Sequence[str]) -> str | None:
     fewer than four words behind it. Else by text: the response holds exactly one option's text, in any case, and is at
     most twice as long as all options together.
 
-    Source: `can_infer` of VLMEvalKit e8e78f0, vlmeval/utils/matching_util.py, without its judge. An answer "Z" (none) and
-    the refusals that it lists are None here.
+    Source: `can_infer` of VLMEvalKit e8e78f0, vlmeval/utils/matching_util.py, without its judge. An answer "Z" (none)
+    and the refusals that it lists are None here.
 
     Raises:
         ValueError: no options, or more than 26.

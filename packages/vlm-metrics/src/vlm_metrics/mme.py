@@ -3,7 +3,7 @@
 Source: arXiv:2306.13394 §2; BradyFU/Awesome-Multimodal-Large-Language-Models, tools/eval_tool/calculation.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 MME_PERCEPTION: tuple[str, ...] = (
@@ -31,9 +31,15 @@ MME_COGNITION: tuple[str, ...] = (
 def mme_answer(text: str) -> Literal["yes", "no"] | None:
     """Read an answer as MME does: yes or no within its first four characters, in any case; a lone y or n; else None.
 
-    "yes" is looked for first, and within words, so that "Not" and "know" are "no".
+    "yes" is looked for first, and within words, so that "Not" and "know" are "no". Full stops do not count.
     """
-    raise NotImplementedError
+    folded = text.lower().strip().replace(".", "")
+    if len(folded) == 1:
+        return "yes" if folded == "y" else "no" if folded == "n" else None
+    opening = folded[:4]
+    if "yes" in opening:
+        return "yes"
+    return "no" if "no" in opening else None
 
 
 class MmeItem(NamedTuple):
@@ -72,4 +78,31 @@ def mme_scores(items: Sequence[MmeItem]) -> MmeScores:
     Raises:
         ValueError: no items, a picture without exactly two questions, or an unknown subtask.
     """
-    raise NotImplementedError
+    right: dict[str, dict[str, list[bool]]] = {}
+    for item in items:
+        right.setdefault(item.subtask, {}).setdefault(item.image, []).append(item.correct)
+    _check_questions(right)
+    subtasks: dict[str, MmeSubtask] = {}
+    for name, images in right.items():
+        accuracy = 100 * sum(map(sum, images.values())) / (2 * len(images))
+        accuracy_plus = 100 * sum(map(all, images.values())) / len(images)
+        subtasks[name] = MmeSubtask(accuracy, accuracy_plus, accuracy + accuracy_plus, len(images))
+    return MmeScores(
+        subtasks,
+        perception=sum(subtasks[name].score for name in MME_PERCEPTION if name in subtasks),
+        cognition=sum(subtasks[name].score for name in MME_COGNITION if name in subtasks),
+    )
+
+
+def _check_questions(right: Mapping[str, Mapping[str, Sequence[bool]]]) -> None:
+    if not right:
+        raise ValueError("items: expected at least one, got none; answer something first")
+    for name, images in right.items():
+        if name not in MME_PERCEPTION + MME_COGNITION:
+            raise ValueError(f"subtask: expected one of MME's fourteen, got {name!r}; name it as the benchmark does")
+        for image, answers in images.items():
+            if len(answers) != 2:
+                raise ValueError(
+                    f"{name}, {image}: expected two questions on a picture, got {len(answers)}; add what is missing, or "
+                    "name pictures apart"
+                )

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 def pope_answer(text: str) -> Literal["yes", "no"]:
     """Read an answer as POPE does: "no" if one of the words No, no, not is in the first sentence, else "yes".
 
-    Words are parted by spaces alone, commas are dropped, and case counts, so "NO", "nope" and "There isn't one" are "yes".
+    Words are parted by spaces alone, commas are dropped, and case counts, so "NO", "nope" and "There isn't one" are
+    "yes".
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
@@ -42,9 +43,7 @@ def pope_scores(predictions: Sequence[str], labels: Sequence[str]) -> PopeScores
             f"{len(labels)} labels; pair them first"
         )
     if unknown := set(labels) - {"yes", "no"}:
-        raise ValueError(
-            f'labels: expected "yes" or "no", got {sorted(unknown)}; put the file\'s labels into lower case'
-        )
+        raise ValueError(f'labels: expected "yes" or "no", got {sorted(unknown)}; fold their case')
     pairs = [(pope_answer(text) == "yes", label == "yes") for text, label in zip(predictions, labels, strict=True)]
     tp, said, there = (sum(p and a for p, a in pairs), sum(p for p, _ in pairs), sum(a for _, a in pairs))
     return PopeScores(

@@ -10,8 +10,8 @@ def relaxed_accuracy(prediction: str, answers: str | Sequence[str], *, tolerance
     equality in lower case. A number is what `float` reads, so "1,000" and "$5" are none; "5%" is 0.05, and so does not
     match "5".
 
-    Source: arXiv:2203.10244 §5.1, with the reading of numbers of google-research/pix2struct, pix2struct/metrics.py, which
-    the harnesses share.
+    Source: arXiv:2203.10244 §5.1, with the reading of numbers of google-research/pix2struct, pix2struct/metrics.py,
+    which the harnesses share.
 
     Raises:
         ValueError: no accepted answers.

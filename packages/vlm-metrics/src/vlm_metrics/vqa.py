@@ -1,30 +1,31 @@
 """VQA accuracy: one answer against ten people's.
 
-Rule of VQAv2, OKVQA and VizWiz: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py; "VQA: Visual Question
-Answering", arXiv:1505.00468 §5. Its quirks are part of the rule, as published scores have them: answers on which all
-people agree are compared as they stand, with case; "5." loses its dot, "3.5" keeps it; a comma between two digits
-removes every mark where another would have become a space.
+Rule of VQAv2, OKVQA and VizWiz: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py; "VQA: Visual
+Question Answering", arXiv:1505.00468 §5. Its quirks are part of the rule, as published scores have them: answers on
+which all people agree are compared as they stand, with case; "5." loses its dot, "3.5" keeps it; with a comma between
+two digits every mark is removed, where else some would become spaces.
 """
 
 import re
 from collections.abc import Sequence
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBERS = {
+_NUMBERS = {"none": "0"} | {
     word: str(value)
     for value, word in enumerate(
-        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     )
-} | {"none": "0"}
+}
 _ARTICLES = {"a", "an", "the"}
 _CONTRACTIONS = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've "
-    "he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've "
-    "o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's "
-    "someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've "
-    "there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's "
-    "what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've "
-    "wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
+    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've "
+    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've "
+    "why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're "
+    "you've"
 )
 
 
@@ -59,9 +60,10 @@ def strip_punctuation(text: str) -> str:
 
 
 def normalise_vqa(text: str) -> str:
-    """Apply the official processing: punctuation (`strip_punctuation`), then case, number words, articles, contractions.
+    """Apply the official processing to an answer.
 
-    "none" to "ten" become digits, "a", "an" and "the" go, and contractions that lack an apostrophe get it.
+    `strip_punctuation`, then lower case; "none" to "ten" become digits, "a", "an" and "the" go, and contractions that
+    lack an apostrophe get it.
     """
     words = [_NUMBERS.get(word, word) for word in strip_punctuation(text).lower().split()]
     return " ".join(_SPELLING.get(word, word) for word in words if word not in _ARTICLES)
