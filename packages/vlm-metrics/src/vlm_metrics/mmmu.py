@@ -91,8 +91,9 @@ def _normalise(text: str) -> list[str | float]:
 def mmmu_correct(parsed: str | Sequence[str | float] | None, answers: str | Sequence[str]) -> bool:
     """Tell whether a parsed response is right.
 
-    What `mmmu_parse_choice` gave, a letter or None, must be an accepted letter. Of what `mmmu_parse_open` gave, a number
-    must be an accepted number, or a phrase must hold an accepted phrase. MMMU's accuracy is the mean over all questions.
+    What `mmmu_parse_choice` gave, a letter or None, must be an accepted letter. Of what `mmmu_parse_open` gave, a
+    number must be an accepted number, or a phrase must hold an accepted phrase. MMMU's accuracy is the mean over all
+    questions.
 
     Raises:
         ValueError: no accepted answers.

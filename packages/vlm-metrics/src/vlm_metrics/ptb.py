@@ -9,8 +9,8 @@ import re
 
 # These keep their full stop, wherever they stand.
 _ABBREVIATIONS = (
-    "mr mrs ms messrs dr drs prof rev sen rep gen col lt sgt capt cpl maj gov st ste mt ave blvd rd hwy jr sr inc ltd co "
-    "corp bros dept univ assn jan feb mar apr jun jul aug sept sep oct nov dec vs etc al ph.d"
+    "mr mrs ms messrs dr drs prof rev sen rep gen col lt sgt capt cpl maj gov st ste mt ave blvd rd hwy jr sr inc ltd "
+    "co corp bros dept univ assn jan feb mar apr jun jul aug sept sep oct nov dec vs etc al ph.d"
 )
 _TOKEN = re.compile(
     rf"""
@@ -22,7 +22,7 @@ _TOKEN = re.compile(
     | (?<!\w)(?:[^\W\d_]\.)+[^\W\d_](?!\w)\.?           # u.s.a.
     | (?<!\w)(?:{"|".join(map(re.escape, _ABBREVIATIONS.split()))})\.(?!\w)
     | (?<!\w)nos?\.(?=\ ?\d)
-    | (?<!\w)[^\W\d_]\.(?=\ |$)                         # initials
+    | (?<!\w)[^\W\d_]\.(?!\w)                            # initials
     | n't\b | '(?:s|m|d|re|ve|ll)\b                     # clitics, parted from their word
     | o'\w+ | 'n'(?=\w) | 'n\b | c'mon\b | ma'am\b | d'you\b | [dl]'(?=\w\w) | y'(?=all\b)
     | [^\W\d_]+?(?=n't\b)
