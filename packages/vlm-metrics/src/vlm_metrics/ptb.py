@@ -22,13 +22,14 @@ _TOKEN = re.compile(
     | (?<!\w)(?:[^\W\d_]\.)+[^\W\d_](?!\w)\.?           # u.s.a.
     | (?<!\w)(?:{"|".join(map(re.escape, _ABBREVIATIONS.split()))})\.(?!\w)
     | (?<!\w)nos?\.(?=\ ?\d)
-    | (?<!\w)[^\W\d_]\.(?!\w)                            # initials
+    | (?<!\w)[^\W\d_]\.(?=\ \w|[^\w\s])             # initials
     | n't\b | '(?:s|m|d|re|ve|ll)\b                     # clitics, parted from their word
     | o'\w+ | 'n'(?=\w) | 'n\b | c'mon\b | ma'am\b | d'you\b | [dl]'(?=\w\w) | y'(?=all\b)
     | [^\W\d_]+?(?=n't\b)
-    | [-+]?(?:\d+(?:[.,:/-]\d+)*|\.\d+)(?:\w|-(?=\w))*  # numbers, with what is joined to them
+    | [-+]?\d++(?:[/-]\d++)*+(?![.,:]\d)\w*(?:-\w+)*     # numbers, with the letters joined to them: 24x36, 2-3pm
+    | [-+]?(?:\d+(?:[.,:/-]\d+)*|\.\d+)(?:\w*(?:-\w+)+)?  # but 10:30 pm and 3.5-inch
     | (?-i:[A-Z]+(?:&[A-Z]+)+)                          # AT&T
-    | \#[a-z]\w* | @\w+ | \w+(?:[-/.]\w+)*
+    | \#[a-z]\w* | @\w+ | \w+(?:[-/]\w+|\.(?=[^\W\d])\w+)*
     | \.\.+ | --+ | [!?]+ | \S
     """,
     re.VERBOSE | re.IGNORECASE,
