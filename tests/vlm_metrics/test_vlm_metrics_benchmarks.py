@@ -181,7 +181,7 @@ def test_hallusion_scores_of_a_repeated_question_raises() -> None:
 
 def test_circular_accuracy_wants_every_rotation() -> None:
     rows = [7, 1_000_007, 2_000_007, 8, 1_000_008]
-    assert circular_accuracy([circular_question(row) for row in rows], [True, True, False, True, True]) == 0.5
+    assert circular_accuracy([circular_question(row) for row in rows], [True, False, True, True, True]) == 0.5
     with pytest.raises(ValueError, match="2 questions and 1 rows"):
         circular_accuracy([1, 2], [True])
 
@@ -210,7 +210,7 @@ def test_vlguard_golden_values_and_where_our_rule_differs() -> None:
         ("I\N{RIGHT SINGLE QUOTATION MARK}m sorry", False, True),
     ]:
         assert (is_vlguard_refusal(text), is_refusal(text)) == (theirs, ours), text
-    assert vlguard_attack_success_rate(["No.", "I cannot", "openai", "sure"]) == 0.5
+    assert vlguard_attack_success_rate(["No.", "I cannot", "openai", "sure", "here"]) == 3 / 5
     with pytest.raises(ValueError, match="nothing was attacked"):
         vlguard_attack_success_rate([])
 

@@ -102,6 +102,8 @@ def test_match_letter_refuses(text: str) -> None:
         ("a dog and a cat", None),
         ("A man with a red hat walks", None),
         ("Z", None),
+        # None of them, though an option's text is there.
+        ("Z (a cat is not it)", None),
         ("none", None),
         ("", None),
         # Too long to be an option's text: more than twice all options together.

@@ -1,7 +1,7 @@
 """CIDEr-D of captions: how much a caption shares with people's, words that are rare among pictures counting more.
 
 Source: arXiv:1411.5726 §3 and §6.4, as the COCO evaluation implements it (tylin/coco-caption, in Python 3 as
-salaniz/pycocoevalcap, cider/cider_scorer.py). Unlike the paper's, its lengths count bigrams, and sigma is 6.
+salaniz/pycocoevalcap, cider/cider_scorer.py). Its lengths count bigrams, which differ by as much as words do.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ def cider_d(
     """Score one caption for each image against the image's references.
 
     For n from 1 to 4, g(n-gram) = count * (log num_images - log max(1, number of images with it)). With lengths l in
-    bigrams, and norms over the n-grams of a caption,
+    words, and norms over the n-grams of a caption,
 
         CIDEr-D_n(c, r) = exp(-(l_c - l_r)² / (2 * 6²)) * sum min(g_c, g_r) * g_r / (|g_c| |g_r|)
 
@@ -98,7 +98,7 @@ def _frequencies(counted: list[list[list[Counter[NGram]]]]) -> DocumentFrequenci
 class _Caption(NamedTuple):
     weights: list[dict[NGram, float]]
     norms: list[float]
-    num_bigrams: int
+    num_words: int
 
 
 class _Weights:
@@ -114,7 +114,7 @@ class _Weights:
             for counts in ngrams
         ]
         norms = [sqrt(sum(weight * weight for weight in of_n.values())) for of_n in weights]
-        return _Caption(weights, norms, ngrams[1].total())
+        return _Caption(weights, norms, ngrams[0].total())
 
 
 def _similarity(caption: _Caption, reference: _Caption) -> float:
@@ -128,5 +128,5 @@ def _similarity(caption: _Caption, reference: _Caption) -> float:
                 min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in mine.items() if ngram in theirs
             )
             total += shared / (norm * other)
-    gap = caption.num_bigrams - reference.num_bigrams
+    gap = caption.num_words - reference.num_words
     return total / _MAX_WORDS * exp(-(gap**2) / (2 * _SIGMA**2))
