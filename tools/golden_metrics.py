@@ -579,6 +579,10 @@ def faults(packages: Packages, rng: random.Random) -> Golden:
         packages.source("open-flamingo", "VQAEval"),
         flamingo("red", [{"answer": text} for text in ["red"] * 4 + ["blue"]]),
     ]
+    given["vqa: a stop behind a digit stays"] = [
+        packages.source("ms-vlmeval", "process_punctuation"),
+        packages.take("vlmeval/smp/misc.py", "process_punctuation").process_punctuation("5."),
+    ]
     mmmu = packages.take(
         "lmms_eval/tasks/_task_utils/mmmu_mcq_utils.py", "parse_mmmu_multi_choice_response"
     ).parse_mmmu_multi_choice_response
@@ -591,6 +595,12 @@ def faults(packages: Packages, rng: random.Random) -> Golden:
     given["pope: yes-ratio of the labels"] = [
         packages.source("lmms-eval", "pope_aggregate_yes_ratio"),
         ratio([{"ground_truth": label, "prediction": "yes"} for label in labels]),
+    ]
+    given["pope: an answer of more than one word is no answer"] = [
+        packages.source("lmms-eval", "pope_process_results"),
+        packages.take("lmms_eval/tasks/pope/utils.py", "pope_process_results").pope_process_results(
+            {"answer": "yes", "question_id": 0}, ["Yes."]
+        )["pope_accuracy"]["score"],
     ]
     hallusion = packages.take(
         "lmms_eval/tasks/hallusion_bench/evaluate_hb.py", "hb_aggregation_result_intern"

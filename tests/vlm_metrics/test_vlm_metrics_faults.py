@@ -11,6 +11,7 @@ from vlm_metrics import (
     cider_d,
     hallusion_scores,
     mmmu_parse_choice,
+    normalise_vqa,
     parse_yes_no,
     pope_scores,
     tokenise_caption,
@@ -35,6 +36,7 @@ def without_a_figure() -> float:
 OURS: list[tuple[str, Callable[[], object], object]] = [
     ("vqa: unanimous answers are normalised", lambda: vqa_accuracy("Red", ["red"] * 10), 0.0),
     ("vqa: people without an id who agree are one", lambda: vqa_accuracy("red", ["red"] * 4 + ["blue"]), 1.0),
+    ("vqa: a stop behind a digit stays", lambda: normalise_vqa("5."), "5"),
     (
         "mmmu: a capital that ends a word is an option",
         lambda: mmmu_parse_choice("It is PAC man", ["red", "green", "blue", "grey"]),
@@ -45,6 +47,7 @@ OURS: list[tuple[str, Callable[[], object], object]] = [
         lambda: pope_scores(["yes"] * 4, ["yes", "yes", "no", "no"]).yes_ratio,
         1.0,
     ),
+    ("pope: an answer of more than one word is no answer", lambda: pope_scores(["Yes."], ["yes"]).accuracy, 1.0),
     ("hallusion: no figure counts as a figure", without_a_figure, 1.0),
     ("hallusion: yes is found within words", lambda: float(parse_yes_no("No, it was yesterday") == "yes"), 0.0),
     ("cider: a second call changes the score", second_call, [5.0, 5.0, 7.5, 7.5]),
