@@ -3,7 +3,7 @@
     uv pip install --no-deps --target FOLDER lmms-eval==0.7.3 ms-vlmeval==0.0.20 pycocoevalcap==1.2 \\
         open-flamingo==2.0.1 llava-torch==1.2.2.post1
     uv run tools/golden_metrics.py FOLDER               # all files, tests/vlm_metrics/golden/*.json
-    uv run tools/golden_metrics.py FOLDER --only cider  # one of them; cider and ptb need java
+    uv run tools/golden_metrics.py FOLDER --only cider  # one of them; cider, ptb, faults need java
 
 Nothing of these packages is imported, as that would pull in models and their dependencies: the functions are taken out
 of their files and run here. Inputs come from a fixed seed. Each file names the package, its version and the function.

@@ -7,7 +7,7 @@ percentile intervals.
 import random
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 from .intervals import PairedDifference
 
@@ -23,14 +23,24 @@ class Estimate(NamedTuple):
     n: int
 
 
+@overload
+def bootstrap_interval(items: Sequence[float], rng: random.Random, *, num_resamples: int = 1000) -> Estimate: ...
+@overload
 def bootstrap_interval(
     items: Sequence[Item],
     rng: random.Random,
     *,
-    statistic: Callable[[Sequence[Item]], float] = fmean,
+    statistic: Callable[[Sequence[Item]], float],
+    num_resamples: int = 1000,
+) -> Estimate: ...
+def bootstrap_interval(
+    items: Sequence[Any],
+    rng: random.Random,
+    *,
+    statistic: Callable[[Sequence[Any]], float] = fmean,
     num_resamples: int = 1000,
 ) -> Estimate:
-    """`statistic` of the items with its 95 % percentile interval over resamples of the items.
+    """Mean of the items, or another `statistic`, with its 95 % percentile interval over resamples of the items.
 
     Items are what was drawn independently: where questions come in groups (MME's pictures, MMBench's rotations), hand
     in the groups and a statistic over groups.
@@ -44,15 +54,28 @@ def bootstrap_interval(
     return Estimate(statistic(items), *_percentiles(resampled), n=len(items))
 
 
+@overload
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], rng: random.Random, *, num_resamples: int = 1000
+) -> PairedDifference: ...
+@overload
 def paired_bootstrap(
     a: Sequence[Item],
     b: Sequence[Item],
     rng: random.Random,
     *,
-    statistic: Callable[[Sequence[Item]], float] = fmean,
+    statistic: Callable[[Sequence[Item]], float],
+    num_resamples: int = 1000,
+) -> PairedDifference: ...
+def paired_bootstrap(
+    a: Sequence[Any],
+    b: Sequence[Any],
+    rng: random.Random,
+    *,
+    statistic: Callable[[Sequence[Any]], float] = fmean,
     num_resamples: int = 1000,
 ) -> PairedDifference:
-    """statistic(a) - statistic(b) of two runs on the same items, with its 95 % percentile interval.
+    """Mean of `a` less mean of `b`, two runs on the same items, with its 95 % percentile interval.
 
     Each resample draws the same items for both runs, so what is hard about an item is left out of the interval. The
     runs differ if the interval leaves out 0.
