@@ -31,7 +31,7 @@ def grounding_accuracy(
 
     A prediction that is None (nothing could be read out of the text) or no box (see `box_iou`) is wrong.
 
-    Source: arXiv:1608.00272 §5; lmms-eval 75571cf, tasks/refcoco/utils_rec.py.
+    Source: arXiv:1608.00272; lmms-eval 75571cf, tasks/refcoco/utils_rec.py.
 
     Raises:
         ValueError: different lengths, none at all, or an answer that is no box.

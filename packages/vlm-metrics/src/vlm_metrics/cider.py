@@ -1,6 +1,6 @@
 """CIDEr-D of captions: how much a caption shares with people's, words that are rare among pictures counting more.
 
-Source: arXiv:1411.5726 §3 and §6.4, as the COCO evaluation implements it (tylin/coco-caption, in Python 3 as
+Source: arXiv:1411.5726, as the COCO evaluation implements it (tylin/coco-caption, in Python 3 as
 salaniz/pycocoevalcap, cider/cider_scorer.py). Its lengths count bigrams, which differ by as much as words do.
 """
 

@@ -1,6 +1,6 @@
 """Circular evaluation of MMBench: a choice question counts only if it is answered in every rotation of its options.
 
-Source: arXiv:2307.06281 §4.3; VLMEvalKit e8e78f0, vlmeval/dataset/utils/multiple_choice.py.
+Source: arXiv:2307.06281; VLMEvalKit e8e78f0, vlmeval/dataset/utils/multiple_choice.py.
 """
 
 from collections.abc import Hashable, Sequence

@@ -1,6 +1,6 @@
 """HallusionBench's three accuracies.
 
-Source: arXiv:2310.14566 §4; tianyi-lab/HallusionBench, utils.py.
+Source: arXiv:2310.14566; tianyi-lab/HallusionBench, utils.py.
 """
 
 from collections.abc import Sequence

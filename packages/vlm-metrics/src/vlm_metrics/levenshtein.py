@@ -22,8 +22,7 @@ def anls(prediction: str, answers: str | Sequence[str], *, threshold: float = 0.
         1 - NL if that is at least the threshold, else 0
 
     Strings are compared in lower case with runs of white space as one space; lengths are those of the strings as given.
-    A similarity of exactly the threshold is kept, as the challenge's server and the harnesses do (arXiv:1907.00490 §4
-    has it dropped).
+    A similarity of exactly the threshold is kept, as the harnesses do; arXiv:1907.00490 has it dropped.
 
     Source: rrc.cvc.uab.es task 17; lmms-eval 75571cf, api/metrics.py.
 

@@ -1,6 +1,6 @@
 """MMMU's reading of answers, to choice questions and to open ones.
 
-Source: arXiv:2311.16502 §4; MMMU-Benchmark/MMMU 51ce7f3, eval/eval_utils.py.
+Source: arXiv:2311.16502; MMMU-Benchmark/MMMU 51ce7f3, eval/eval_utils.py.
 """
 
 import re

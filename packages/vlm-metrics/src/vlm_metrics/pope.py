@@ -1,6 +1,6 @@
 """POPE: is an object in the picture? Questions about objects that are there and that are not.
 
-Source: arXiv:2305.10355 §5; RUCAIBox/POPE, evaluate.py (LLaVA's llava/eval/eval_pope.py has the same rule).
+Source: arXiv:2305.10355; RUCAIBox/POPE, evaluate.py (LLaVA's llava/eval/eval_pope.py has the same rule).
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """VQA accuracy: one answer against ten people's.
 
 Rule of VQAv2, OKVQA and VizWiz: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py; "VQA: Visual
-Question Answering", arXiv:1505.00468 §5. Its quirks are part of the rule, as published scores have them: answers on
+Question Answering", arXiv:1505.00468. Its quirks are part of the rule, as published scores have them: answers on
 which all people agree are compared as they stand, with case; "5." loses its dot, "3.5" keeps it; with a comma between
 two digits every mark is removed, where else some would become spaces.
 """
