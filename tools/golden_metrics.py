@@ -1,7 +1,7 @@
 """Write the golden files of vlm-metrics' tests: inputs of our making, scored by the benchmarks' own code.
 
     uv pip install --no-deps --target FOLDER lmms-eval==0.7.3 ms-vlmeval==0.0.20 pycocoevalcap==1.2 \\
-        open-flamingo==2.0.1 llava-torch==1.2.2.post1
+        open-flamingo==2.0.1 llava-torch==1.2.2.post1 salesforce-lavis==1.0.2
     uv run tools/golden_metrics.py FOLDER               # all files, tests/vlm_metrics/golden/*.json
     uv run tools/golden_metrics.py FOLDER --only cider  # one of them; cider, ptb, faults need java
 
@@ -563,9 +563,10 @@ def faults(packages: Packages, rng: random.Random) -> Golden:
     del rng  # These inputs are chosen, not drawn.
     given: Golden = {}
 
-    def flamingo(prediction: str, answers: list[Golden]) -> float:
-        official = packages.take("open_flamingo/eval/vqa_metric.py", "VQAEval", sys=sys)
-        vqa = SimpleNamespace(getQuesIds=list, qa={0: {"answers": answers, "question_type": ""}})
+    def vqa_of(path: str, prediction: str, answers: list[Golden]) -> float:
+        official = packages.take(path, "VQAEval", sys=sys)
+        question = {"answers": answers, "question_type": "", "answer_type": ""}
+        vqa = SimpleNamespace(getQuesIds=list, qa={0: question})
         judge = official.VQAEval(vqa, SimpleNamespace(getQuesIds=list, qa={0: {"answer": prediction}}), n=12)
         with contextlib.redirect_stdout(io.StringIO()):
             judge.evaluate([0])
@@ -573,11 +574,19 @@ def faults(packages: Packages, rng: random.Random) -> Golden:
 
     given["vqa: unanimous answers are normalised"] = [
         packages.source("open-flamingo", "VQAEval"),
-        flamingo("Red", [{"answer": "red", "answer_id": i} for i in range(10)]),
+        vqa_of("open_flamingo/eval/vqa_metric.py", "Red", [{"answer": "red", "answer_id": i} for i in range(10)]),
     ]
     given["vqa: people without an id who agree are one"] = [
         packages.source("open-flamingo", "VQAEval"),
-        flamingo("red", [{"answer": text} for text in ["red"] * 4 + ["blue"]]),
+        vqa_of("open_flamingo/eval/vqa_metric.py", "red", [{"answer": text} for text in ["red"] * 4 + ["blue"]]),
+    ]
+    given["vqa: people's number words stay"] = [
+        packages.source("salesforce-lavis", "VQAEval"),
+        vqa_of(
+            "lavis/common/vqa_tools/vqa_eval.py",
+            "two dogs",
+            [{"answer": text, "answer_id": i} for i, text in enumerate(["two dogs"] * 9 + ["cat"])],
+        ),
     ]
     given["vqa: a stop behind a digit stays"] = [
         packages.source("ms-vlmeval", "process_punctuation"),

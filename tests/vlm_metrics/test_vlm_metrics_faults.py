@@ -36,6 +36,7 @@ def without_a_figure() -> float:
 OURS: list[tuple[str, Callable[[], object], object]] = [
     ("vqa: unanimous answers are normalised", lambda: vqa_accuracy("Red", ["red"] * 10), 0.0),
     ("vqa: people without an id who agree are one", lambda: vqa_accuracy("red", ["red"] * 4 + ["blue"]), 1.0),
+    ("vqa: people's number words stay", lambda: vqa_accuracy("two dogs", ["two dogs"] * 9 + ["cat"]), 1.0),
     ("vqa: a stop behind a digit stays", lambda: normalise_vqa("5."), "5"),
     (
         "mmmu: a capital that ends a word is an option",
