@@ -1,6 +1,6 @@
 """MME: two yes/no questions on each picture, ten subtasks of perception and four of cognition.
 
-Source: arXiv:2306.13394; BradyFU/Awesome-Multimodal-Large-Language-Models, tools/eval_tool/calculation.py.
+Source: arXiv:2306.13394; lmms-eval 75571cf, tasks/mme/utils.py, which takes over the official reading of answers.
 """
 
 from collections.abc import Mapping, Sequence
