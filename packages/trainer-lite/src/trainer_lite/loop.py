@@ -392,8 +392,6 @@ class Trainer(Generic[BatchT]):
         """`_gather` by several processes; the batches are fetched first (see `sum_together`)."""
         self.processes.at(f"step {self.counters.step + 1}, data")
         own = list(islice(batches, self.cfg.accumulation_steps // self.processes.count))
-        # A rank that still waits for its data is behind those that wait for it.
-        self.processes.at(f"step {self.counters.step + 1}, facts")
         return sum_together(self.engine, own, self._loss, seed=self.cfg.seed, step=self.counters.step + 1)
 
     def _agreed(self, grad_norm: float) -> float:
