@@ -279,7 +279,7 @@ class Watchman(threading.Thread):
                     "go on with --resume auto"
                 )
             is_behind = sign.progress < self._progress
-            # While it fetches data or is in a forward pass both are at one place; before the first it may take its time.
+            # Fetching data, or in a forward pass, both are at one place; before the first one may take its time.
             is_beside = sign.progress == self._progress > 0 and self._is_waiting and not sign.is_waiting
             is_waited_for = (is_behind or is_beside) and now_s - self._moved_s > self.timeout_s
             if is_waited_for and now_s - moved_s > self.timeout_s:
