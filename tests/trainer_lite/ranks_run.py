@@ -93,7 +93,7 @@ class Job(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     timeout_s: float = 300.0
     kinds: str = "mixed"
     """mixed: as they come; apart: rank 0's batches have text alone, rank 1's pictures alone; empty: some batches,
-    and all of step 2, have no target, some no sample; epoch: no training, but one time through the samples of a stream (`epoch`)."""
+    and all of step 2, have no target, some no sample; epoch: no training, but once through a stream (`epoch`)."""
     is_idle_run: bool = True
     """Run the tower where there is no picture, as a model must under ZeRO; without it as the control."""
 
