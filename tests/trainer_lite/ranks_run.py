@@ -92,8 +92,8 @@ class Job(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     offload: bool = False
     timeout_s: float = 300.0
     kinds: str = "mixed"
-    """mixed: as they come; apart: rank 0's batches have text alone, rank 1's pictures alone; empty: some batches have
-    no target, some no sample; epoch: no training, but one time through the samples of a stream (`epoch`)."""
+    """mixed: as they come; apart: rank 0's batches have text alone, rank 1's pictures alone; empty: some batches,
+    and all of step 2, have no target, some no sample; epoch: no training, but once through a stream (`epoch`)."""
     is_idle_run: bool = True
     """Run the tower where there is no picture, as a model must under ZeRO; without it as the control."""
 
@@ -196,7 +196,7 @@ class Batches:
             num_tiles = 0 if number % 2 == 0 else 13
         tiles = torch.randn(num_tiles, self.job.width, generator=drawn)
         ids = [f"s{number}.{place}" for place in range(length)]
-        if self.job.kinds == "empty" and number % 5 == 2:
+        if self.job.kinds == "empty" and (number % 5 == 2 or number // self.job.accumulation == 1):
             targets = torch.full_like(targets, -100)
         if self.job.kinds == "empty" and number % 5 == 4:
             ids, inputs, targets, tiles = [], inputs[:1], targets[:1].clamp(max=-100), tiles[:0]

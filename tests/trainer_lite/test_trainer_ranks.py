@@ -90,6 +90,7 @@ def test_two_processes_have_the_order_and_losses_of_one(one: Path, two: Path, en
 def test_ranks_with_unlike_batches_keep_in_step(one: Path, two: Path, engine: str, kinds: str) -> None:
     """(T19): text alone on one rank and 13 tiles on the other; batches without targets, and without samples.
 
+    Of the latter the whole second step is without targets: its loss is 0, and nothing moves, not by momentum either.
     "mixed" has 13 tiles on one rank beside 1 on the other.
     """
     assert digests(two, f"{engine}-{kinds}") == digests(one, kinds)

@@ -331,7 +331,7 @@ class Watchman(threading.Thread):
         ]
         for sign, last_seen, idle_s in stuck:
             is_behind = sign.progress < self._progress
-            # In the middle of a forward pass both are at one place; before the first place one may take its time.
+            # Fetching data, or in a forward pass, both are at one place; before the first one may take its time.
             is_beside = sign.progress == self._progress > 0 and self._is_waiting and not sign.is_waiting
             if is_behind or is_beside:
                 return (
