@@ -36,6 +36,7 @@ from train_errors import (
 from train_exam import Exam, StageScores
 from train_fingerprints import code_fingerprint, num_processes, settings_fingerprint
 from train_language import run_language
+from train_preparation import prepare
 from train_report import write_run_report
 from train_stages import (
     IMAGE_CACHE_BYTES,
@@ -44,7 +45,6 @@ from train_stages import (
     announce,
     data_of_file,
     fit_stage,
-    make_stream,
     merge_adapters,
     say,
     stage_trainer,
@@ -175,18 +175,31 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: P
         # Kept features call the tower as often as there are new pictures: not where it is cut in parts.
         is_cut = config.parallel.engine != "ddp"
         features = None if config.stage.trains_tower or is_cut else _feature_cache(model, config)
+        progress = _progress(processes)
+        ready = prepare(
+            config.stage,
+            data,
+            model,
+            processor,
+            features,
+            run_folder,
+            progress,
+            processes=processes,
+            is_resumed=resume is not None,
+        )
         trainer = stage_trainer(
             recipe,
             config.stage,
             model,
             processor,
-            data,
-            stream=make_stream(config.stage, data, processor, features, processes),
+            ready.data,
+            stream=ready.stream,
             run=run_folder,
-            progress=_progress(processes),
+            progress=progress,
             stop=stop,
             processes=processes,
             parallel=config.parallel,
+            reference=ready.reference,
         )
         if resume is not None:
             trainer.resume(resume, accept_data_change=config.accept_data_change)
