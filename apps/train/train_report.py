@@ -34,7 +34,7 @@ def write_report(run: RunFolder, summary: Summary, exam: Exam, model: Blip3Confi
         }
     )
     _add_skills(report, summary)
-    _add_post_training(report, summary)
+    _add_post_training(report, summary.stages)
     records = read_metrics(run.metrics.path)
     report.add_loss_curves(records)
     add_left_out(report, records)
@@ -72,6 +72,9 @@ def write_run_report(
     )
     if scores:
         _add_scores(report, scores)
+        # Of a language model that learns to see, these skills are not asked for.
+        if all("private" in shown.skills for shown in scores.values()):
+            _add_post_training(report, scores)
     report.add_loss_curves(records)
     _add_course(report, records)
     add_left_out(report, records)
@@ -149,7 +152,7 @@ def _add_skills(report: Report, summary: Summary) -> None:
     )
 
 
-def _add_post_training(report: Report, summary: Summary) -> None:
+def _add_post_training(report: Report, stages: Mapping[str, StageScores]) -> None:
     rows = [
         [
             name,
@@ -159,7 +162,7 @@ def _add_post_training(report: Report, summary: Summary) -> None:
             f"{scores.absent_f1:.3f}",
             f"{scores.others:.1%}",
         ]
-        for name, scores in summary.stages.items()
+        for name, scores in stages.items()
     ]
     report.add_table(
         "Post-training: attacks, truthfulness, helpfulness",

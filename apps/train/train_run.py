@@ -16,6 +16,7 @@ from blip3_lite.model import undrawn_model
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
 from interleave_data import DataError, Sample, SkipSample, TextPart, TooManySkips, WorkerError
+from lora_lite import disabled
 from phi3_lite import load_lm, train_tokenizer
 from train_cli import AUTO, NEWEST
 from train_config import Command, DemoRun, LanguageRun, PlanRequest, StageRun, WarmupRun, run_path
@@ -69,6 +70,7 @@ from trainer_lite.engine import check_deepspeed
 from trainer_lite.loop import check_division
 
 _TOKENIZER_SAMPLES = 2000
+_BEFORE = "before"
 
 
 def run(command: Command) -> int:
@@ -224,12 +226,10 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: P
     if config.eval_questions > 0 and is_cut:
         say("no questions are asked where the model is in parts: --init the checkpoint with --max-steps 1 asks them")
         return True
-    if config.stage.use_lora:
-        merge_adapters(model)
     scores: dict[str, StageScores] = {}
     if config.eval_questions > 0:
         features = _feature_cache(model, config) if config.stage.trains_tower else features
-        scores[recipe] = _examine(recipe, model, processor, config, features, path)
+        scores = _examine(recipe, model, processor, config, features, path)
     _report(run_folder, recipe, trainer, scores)
     return True
 
@@ -398,13 +398,20 @@ def _feature_cache(model: Blip3, config: StageRun) -> FeatureCache | None:
 
 def _examine(
     recipe: str, model: Blip3, processor: Processor, config: StageRun, features: FeatureCache | None, path: Path
-) -> StageScores:
+) -> dict[str, StageScores]:
+    """Ask the trained model, its adapters merged; of adapters first the model without them, as it was before."""
     exam = Exam.draw(config.eval_questions, config.stage.train.seed, processor)
-    scores = exam.sit(recipe, model, processor, features)
+    scores: dict[str, StageScores] = {}
+    if config.stage.use_lora:
+        with disabled(model.lang_model):
+            scores[_BEFORE] = exam.sit(_BEFORE, model, processor, features)
+        write_predictions(path / "predictions-before.jsonl", exam.predictions[_BEFORE])
+        merge_adapters(model)
+    after = scores[recipe] = exam.sit(recipe, model, processor, features)
     write_predictions(path / "predictions.jsonl", exam.predictions[recipe])
-    for name, result in scores.skills.items():
+    for name, result in after.skills.items():
         print(
             f"{name:<12} {result.accuracy:6.1%}  [{result.low:.1%}, {result.high:.1%}]  baseline {result.baseline:.1%}"
         )
-    print(f"{'overall':<12} {scores.overall:6.1%}")
+    print(f"{'overall':<12} {after.overall:6.1%}")
     return scores
