@@ -100,3 +100,35 @@ def test_bench_compares_medians_and_losses(tool) -> None:
     pairs = bench.drawn_pairs(3)
     assert pairs == bench.drawn_pairs(3)
     assert [len(pairs[0][name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")] == [192, 64, 64]
+
+
+def prediction(number: int, group: str, said: str, answer: str):
+    from eval_lite import Prediction
+
+    return Prediction(id=f"{group}/{number}", group=group, answer=answer, prediction=said, is_correct=said == answer)
+
+
+def test_study_compares_question_by_question(tool) -> None:
+    study = tool("study_post_training")
+    # Of ten changes, as uneven a split as 2 to 8 in 2 · (1 + 10 + 45) of 1,024 cases.
+    assert study.mcnemar(8, 2) == study.mcnemar(2, 8) == pytest.approx(2 * 56 / 1024)
+    assert study.mcnemar(0, 0) == 1.0
+    answers = ["no", "no", "yes", "yes"] * 10
+    before = [prediction(k, "presence", "yes", answer) for k, answer in enumerate(answers)]
+    after = [prediction(k, "presence", answer, answer) for k, answer in enumerate(answers)]
+    colours = [prediction(k, "colour", "red", "red") for k in range(40)]
+    worse = [prediction(k, "colour", "blue" if k < 10 else "red", "red") for k in range(40)]
+    found = study.compare([*before, *colours], [*worse, *reversed(after)])
+    assert found["absent_f1"] == {"before": 0, "after": 1, "low_of_difference": 1, "high_of_difference": 1}
+    presence, colour = found["skills"]["presence"], found["skills"]["colour"]
+    assert (presence["before"], presence["after"], presence["gained"], presence["lost"]) == (0.5, 1.0, 20, 0)
+    assert presence["p"] == pytest.approx(2 / 2**20)
+    assert not presence["is_below_interval"]
+    assert (colour["after"], colour["lost"], colour["is_below_interval"]) == (0.75, 10, True)
+
+
+def test_study_goes_on_with_what_is_there(tool, tmp_path: Path) -> None:
+    study = tool("study_post_training")
+    (tmp_path / "dpo/checkpoints").mkdir(parents=True)
+    (tmp_path / "dpo/checkpoints/latest").write_text("step-00000100\n")
+    assert study.train("dpo", tmp_path / "nowhere", tmp_path / "dpo") == tmp_path / "dpo/checkpoints/step-00000100"
