@@ -3,10 +3,10 @@
     uv run tools/study_post_training.py SFT_CHECKPOINT runs/study [--questions 1000] [--json FILE]
 
 Two stages by `apps/train`: `dpo` on the wrong answers that the model gives to presence questions of its training split,
-then `safety` on private cards, forbidden instructions and a share of the SFT data. The model is examined before, between
-and behind them, on the same held-out questions (twice as many of presence), so that stages are compared question by
-question: McNemar's exact test on right and wrong, and the 95 % interval of the difference in F1 of absent objects over
-1,000 resamplings of the questions. Reward accuracy is that of held-out questions that the first model answers wrongly.
+then `safety` on private cards, forbidden instructions and a share of the SFT data. The model is examined before,
+between and behind them, on the same held-out questions (twice as many of presence), so that stages are compared on
+each question: McNemar's exact test on right and wrong, and the 95 % interval of the difference in F1 of absent objects
+over 1,000 resamplings of the questions. Reward accuracy is that of held-out questions that the first model gets wrong.
 
 What is there is not done again: a study that was stopped goes on. Ten minutes on two cores, most of it questions.
 """
