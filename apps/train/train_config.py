@@ -42,6 +42,15 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The adapters; without meaning where they are not used."""
     dpo: DpoConfig = DpoConfig()
     """The loss of the objective `preference`."""
+    own_errors: int | None = None
+    """Questions of each source that the model is asked before the stage; what it answers wrongly becomes the rejected
+    answer, and its other answers make no pair. None for the pairs that the data give."""
+    noise: float = 0.0
+    """Above 0, each step on pairs is followed by one on the same prompts and chosen answers, the rejected ones being
+    the model's own to pictures with this share of noise in their variance; `max_steps` counts both."""
+    neftune_alpha: float = 0.0
+    """Noise on the text's embeddings in training, arXiv:2310.05914: uniform up to alpha / √(L d) in a document of L
+    tokens; 5 is usual."""
     views: Literal["tiles", "base"] = "tiles"
     """Images as the model's tiling cuts them, or as one base view each."""
     max_tokens: int = 4096
@@ -76,11 +85,29 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if not self.trains and not self.use_lora:
             raise ValueError("trains: expected at least one part, got none; name one, or --use-lora")
-        if self.objective == "preference" and not self.use_lora:
+        self._check_preference()
+        if not 0 <= self.neftune_alpha < math.inf:
+            raise ValueError(f"neftune_alpha: expected at least 0, got {self.neftune_alpha}; 5 is usual, 0 is none")
+
+    def _check_preference(self) -> None:
+        if self.own_errors is not None:
+            _require_at_least(1, self, "own_errors")
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"noise: expected 0 to 1, got {self.noise}; 0.5 leaves outlines, 0 is none")
+        if self.objective != "preference":
+            for name, none in (("own_errors", None), ("noise", 0.0)):
+                if getattr(self, name) != none:
+                    raise ValueError(f"{name}: expected {none} without pairs, got {getattr(self, name)}; leave it out")
+        elif not self.use_lora and self.dpo.needs_reference and (self.dpo.kind == "kto" or self.noise):
             raise ValueError(
-                "objective: expected next_token without adapters, got preference; add --use-lora: the reference is the "
-                "model without them"
+                "use_lora: expected adapters where the reference meets new answers (kto, noise), got none; add "
+                "--use-lora: the reference is the model without them"
             )
+
+    @property
+    def has_kept_reference(self) -> bool:
+        """Whether the reference's log-probabilities must be computed before the first step, with the first weights."""
+        return self.objective == "preference" and self.dpo.needs_reference and not self.use_lora
 
     @property
     def trains_head(self) -> bool:

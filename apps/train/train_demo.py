@@ -10,15 +10,13 @@ from eval_lite import write_predictions
 from train_config import DemoRun, StageConfig, WarmupConfig
 from train_errors import checking_input
 from train_exam import Exam, StageScores, Summary
+from train_preparation import Prepared, prepare
 from train_report import write_report
 from train_stages import (
     IMAGE_CACHE_BYTES,
     CheckpointFiles,
-    PackStream,
-    StageData,
     announce,
     fit_stage,
-    make_stream,
     merge_adapters,
     say,
     stage_trainer,
@@ -64,14 +62,20 @@ def _say_stopped(stage: str, result: FitResult, newest: Path | None) -> None:
 
 
 def _begin_stage(
-    name: str, config: DemoRun, processor: Processor, features: FeatureCache
-) -> tuple[StageConfig, StageData, PackStream]:
+    name: str,
+    config: DemoRun,
+    model: Blip3,
+    processor: Processor,
+    features: FeatureCache,
+    run: RunFolder,
+    progress: TqdmProgress,
+) -> tuple[StageConfig, Prepared]:
     """A stage's data, with workers that begin at once, while the stage before it is examined."""
     stage: StageConfig = getattr(config, name)
     data = stage_data(name, stage.world_samples, config.seed)
-    stream = make_stream(stage, data, processor, None if stage.trains_tower else features)
-    stream.start()
-    return stage, data, stream
+    ready = prepare(stage, data, model, processor, None if stage.trains_tower else features, run, progress)
+    ready.stream.start()
+    return stage, ready
 
 
 def run_demo(config: DemoRun, stop: StopFlag) -> bool:
@@ -98,12 +102,11 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
     features = FeatureCache(model, config.feature_cache_mb << 20)
     scores: dict[str, StageScores] = {}
     with checking_input():
-        ready = _begin_stage(STAGES[0], config, processor, features)
+        stage, ready = _begin_stage(STAGES[0], config, model, processor, features, run, progress)
     with timer.phase("evaluation"):
         exam = Exam.draw(config.eval_questions, config.seed, processor)
         scores["warmup"] = exam.sit("warmup", model, processor, features, _SHARE_BEFORE)
     for name, next_name in zip(STAGES, [*STAGES[1:], None], strict=True):
-        stage, data, stream = ready
         with timer.phase(name):
             with checking_input():
                 trainer = stage_trainer(
@@ -111,12 +114,13 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
                     stage,
                     model,
                     processor,
-                    data,
-                    stream=stream,
+                    ready.data,
+                    stream=ready.stream,
                     run=run,
                     progress=progress,
                     stop=stop,
                     first_step=first_step,
+                    reference=ready.reference,
                 )
             result = fit_stage(trainer, model)
             if stage.use_lora:
@@ -130,7 +134,7 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
         first_step += result.counters.step
         if next_name is not None:
             with checking_input():
-                ready = _begin_stage(next_name, config, processor, features)
+                stage, ready = _begin_stage(next_name, config, model, processor, features, run, progress)
         with timer.phase("evaluation"):
             share = _SHARE_BEFORE if name == "pretrain" else 1.0
             scores[name] = exam.sit(name, model, processor, features, share)

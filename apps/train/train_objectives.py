@@ -1,14 +1,31 @@
 """What the loop minimises: next-token prediction, or preference between two answers."""
 
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
 
 import torch
 from torch import Tensor
 
 from blip3_lite import Blip3, EncodedSample, PackedBatch
-from dpo_lite import DpoConfig, ReferenceCache, dpo_loss, sequence_log_probs, side_by_side, split_pairs
+from blip3_lite.batch import IGNORE_INDEX
+from dpo_lite import (
+    DpoConfig,
+    PairLogProbs,
+    ReferenceCache,
+    answer_digest,
+    answer_tokens,
+    kl_estimate,
+    kto_baseline,
+    preference_loss,
+    sequence_log_probs,
+    side_by_side,
+    split_pairs,
+)
 from fused_kernels import linear_log_probs
 from lora_lite import disabled
+from train_answers import with_exchanged_answers
 from trainer_lite import LossSum
 
 
@@ -41,6 +58,14 @@ class SamplePair:
         return side_by_side([(self.chosen, self.rejected)])
 
 
+def sample_digest(sample: EncodedSample) -> str:
+    """What the reference's log-probability of an answer is kept under: tokens, targets and pictures, no name."""
+    pictures = sample.tile_keys
+    if len(pictures) != sample.tiles.shape[0]:
+        pictures = tuple(sha256(tile.contiguous().numpy().tobytes()).hexdigest() for tile in sample.tiles)
+    return answer_digest(sample.ids, sample.targets, pictures)
+
+
 @dataclass(frozen=True)
 class PairPack:
     """Preference pairs as 2b documents, in the order of `dpo_lite.side_by_side`.
@@ -50,6 +75,10 @@ class PairPack:
 
     sample_ids: list[str]
     pack: PackedBatch
+    digests: list[str]
+    """Of each document, see `sample_digest`."""
+    documents: list[EncodedSample] = field(default_factory=list[EncodedSample])
+    """One by one; empty where they came as a pack from a worker."""
 
     @property
     def num_targets(self) -> int:
@@ -63,41 +92,86 @@ class PairPack:
 
 
 class Preference:
-    """DPO (arXiv:2305.18290, eq. 7). The reference is the model without its adapters, asked once a pair and kept."""
+    """A loss on preferences (see `dpo_lite.loss`).
 
-    def __init__(self, model: Blip3, cfg: DpoConfig, *, is_kept: bool = True) -> None:
+    The reference is the model without its adapters, asked once an answer and kept; or `reference`, which holds all
+    answers already, and then the model needs no adapters.
+    """
+
+    def __init__(
+        self, model: Blip3, cfg: DpoConfig, *, is_kept: bool = True, reference: ReferenceCache | None = None
+    ) -> None:
         """`is_kept`: without it the reference is asked each time, so that every rank runs the model as often."""
-        self.model = model
+        self.model, self.cfg = model, cfg
         self.is_kept = is_kept
-        self.beta = cfg.beta
-        self.label_smoothing = cfg.label_smoothing
-        self.reference = ReferenceCache("this process's model without its adapters")
+        self._is_complete = reference is not None
+        self.reference = ReferenceCache("this process's model without its adapters") if reference is None else reference
 
     def loss(self, batch: PairPack) -> LossSum:
-        """Sum over the batch's pairs; parts: reward accuracy and margin, summed."""
-        if self.reference.missing(batch.sample_ids) or not self.is_kept:
-            with torch.no_grad(), disabled(self.model):
-                chosen, rejected = self._log_probs(batch)
-            if not batch.sample_ids:
-                # Nothing is left in the pack, but the model is run as for any other.
-                return LossSum(self._log_probs(batch)[0].sum() * 0.0, 0)
-            # A source of few pairs comes round within one pack; each pair is kept once.
-            place_of = {sample_id: place for place, sample_id in enumerate(batch.sample_ids)}
-            places = list(place_of.values())
-            self.reference.put(list(place_of), chosen[places], rejected[places])
+        """Sum over the batch's pairs; parts: reward accuracy and margin, log-ratios and a KL estimate, summed."""
+        reference = self._reference(batch) if self.cfg.needs_reference else None
+        baseline = self._baseline(batch.pack) if self.cfg.kind == "kto" else None
+        log_probs = self._log_probs(batch.pack)
         if not batch.sample_ids:
-            return LossSum(self._log_probs(batch)[0].sum() * 0.0, 0)
-        output = dpo_loss(
-            *self._log_probs(batch),
-            *self.reference.get(batch.sample_ids),
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-        )
+            # Nothing is left in the pack, but the model is run as for any other.
+            return LossSum(log_probs[0].sum() * 0.0, 0)
+        tokens = split_pairs(answer_tokens(batch.pack.targets, batch.pack.cu_seqlens))
+        policy = PairLogProbs(*log_probs, *tokens)
+        output = preference_loss(self.cfg, policy, reference, baseline=baseline)
         parts = {"reward_accuracy": float((output.margin > 0).sum()), "reward_margin": float(output.margin.sum())}
+        if reference is not None:
+            ratios = [(new.detach() - old).sum() for new, old in zip(log_probs, reference, strict=True)]
+            kl = kl_estimate(torch.cat(log_probs), torch.cat(reference))
+            parts |= {
+                "log_ratio_chosen": float(ratios[0]),
+                "log_ratio_rejected": float(ratios[1]),
+                "kl": float(kl) * batch.num_targets,
+            }
         return LossSum(output.loss * batch.num_targets, batch.num_targets, parts)
 
-    def _log_probs(self, batch: PairPack) -> tuple[Tensor, Tensor]:
+    def _reference(self, batch: PairPack) -> tuple[Tensor, Tensor]:
+        """float[b] twice, from what is kept; what is not is computed."""
+        if not self._is_complete and (self.reference.missing(batch.digests) or not self.is_kept):
+            with torch.no_grad(), disabled(self.model), _without_noise(self.model):
+                found = self._sums(batch.pack)
+            if not self.is_kept:
+                return split_pairs(found)
+            self.reference.put(batch.digests, found[: len(batch.digests)])
+        return split_pairs(self.reference.get(batch.digests).to(self.model.device))
+
+    @torch.no_grad()
+    def _baseline(self, pack: PackedBatch) -> Tensor:
+        """KTO's z, from the answers of the pack's own prompts exchanged among these."""
+        exchanged = with_exchanged_answers(pack)
+        if exchanged is None:
+            return torch.zeros((), device=self.model.device)
+        with _without_noise(self.model):
+            policy = self._sums(exchanged)
+            with disabled(self.model):
+                return kto_baseline(policy, self._sums(exchanged))
+
+    def _log_probs(self, pack: PackedBatch) -> tuple[Tensor, Tensor]:
         """float[b] twice: log-probability of the chosen and of the rejected answers."""
-        model, pack = self.model, batch.pack
-        tokens = linear_log_probs(model(pack), model.lang_model.head_weight, pack.targets, model.lang_model.head_bias)
-        return split_pairs(sequence_log_probs(tokens, pack.cu_seqlens))
+        return split_pairs(self._sums(pack))
+
+    def _sums(self, pack: PackedBatch) -> Tensor:
+        """float[2b], one a document."""
+        return answer_log_probs(self.model, pack)
+
+
+def answer_log_probs(model: Blip3, pack: PackedBatch) -> Tensor:
+    """float[docs]: the log-probability of each document's targets."""
+    lm = model.lang_model
+    tokens = linear_log_probs(model(pack), lm.head_weight, pack.targets, lm.head_bias, ignore_index=IGNORE_INDEX)
+    return sequence_log_probs(tokens, pack.cu_seqlens)
+
+
+@contextmanager
+def _without_noise(model: Blip3) -> Generator[None]:
+    """Without dropout, and without noise on embeddings: what is compared with must not change from call to call."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

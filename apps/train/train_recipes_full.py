@@ -8,7 +8,7 @@ All stages hold the vision tower frozen and take bf16 autocast [published].
 from collections.abc import Callable
 
 from blip3_lite.presets import XgenKind, xgen_mm_config
-from lora_lite.config import LoraConfig
+from lora_lite.config import xgen_mm_lora
 from train_config import StageConfig, StageRun
 from trainer_lite.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -19,13 +19,7 @@ _TEXT_TOKENS = 2048
 _SAMPLES_A_PACK = 8
 _NUM_WORKERS = 4
 """Pictures are decoded and tiled ahead of the step [ours]; batches are the same for any number."""
-_ADAPTERS = LoraConfig(
-    # 2.5 % of the language model's weights [published]; rank 64 on all four projections is 2.6 % of them [computed].
-    rank=64,
-    # Scale 1 [ours]: the least surprising; it only rescales the rate.
-    alpha=64,
-    targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-)
+_ADAPTERS = xgen_mm_lora()
 
 
 def _train(

@@ -14,6 +14,7 @@ from blip3_lite.model import undrawn_model
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
 from interleave_data import DataError, Sample, SkipSample, TextPart, TooManySkips, WorkerError
+from lora_lite import disabled
 from phi3_lite import load_lm, train_tokenizer
 from train_agreement import agree_on_order, agree_on_weights, created_run, run_to_continue
 from train_config import Command, DemoRun, LanguageRun, PlanRequest, StageRun, WarmupRun, run_path
@@ -33,6 +34,7 @@ from train_errors import (
 )
 from train_exam import Exam, StageScores
 from train_language import run_language
+from train_preparation import prepare
 from train_report import write_run_report
 from train_stages import (
     IMAGE_CACHE_BYTES,
@@ -41,7 +43,6 @@ from train_stages import (
     announce,
     data_of_file,
     fit_stage,
-    make_stream,
     merge_adapters,
     num_parameters,
     say,
@@ -68,6 +69,7 @@ from trainer_lite.engine import check_deepspeed
 from trainer_lite.processes import rank_and_count
 
 _TOKENIZER_SAMPLES = 2000
+_BEFORE = "before"
 
 
 def run(command: Command) -> int:
@@ -171,18 +173,31 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: P
         # Kept features call the tower as often as there are new pictures: not where it is cut in parts.
         keeps_features = not config.stage.trains_tower and not config.parallel.uses_deepspeed
         features = _feature_cache(model, config) if keeps_features else None
+        progress = _progress(processes)
+        ready = prepare(
+            config.stage,
+            data,
+            model,
+            processor,
+            features,
+            run_folder,
+            progress,
+            processes=processes,
+            is_resumed=resume is not None,
+        )
         trainer = stage_trainer(
             recipe,
             config.stage,
             model,
             processor,
-            data,
-            stream=make_stream(config.stage, data, processor, features, processes),
+            ready.data,
+            stream=ready.stream,
             run=run_folder,
-            progress=_progress(processes),
+            progress=progress,
             stop=stop,
             processes=processes,
             parallel=config.parallel,
+            reference=ready.reference,
         )
         if resume is not None:
             trainer.resume(resume, accept_data_change=config.accept_data_change)
@@ -217,10 +232,8 @@ def _asked(
     if config.parallel.uses_deepspeed:
         say("no questions are asked where the model is in parts: --init the checkpoint with --max-steps 1 asks them")
         return {}
-    if config.stage.use_lora:
-        merge_adapters(model)
     features = _feature_cache(model, config) if config.stage.trains_tower else features
-    return {recipe: _examine(recipe, model, processor, config, features, path)}
+    return _examine(recipe, model, processor, config, features, path)
 
 
 def _report(
@@ -333,13 +346,20 @@ def _feature_cache(model: Blip3, config: StageRun) -> FeatureCache | None:
 
 def _examine(
     recipe: str, model: Blip3, processor: Processor, config: StageRun, features: FeatureCache | None, path: Path
-) -> StageScores:
+) -> dict[str, StageScores]:
+    """Ask the trained model, its adapters merged; of adapters first the model without them, as it was before."""
     exam = Exam.draw(config.eval_questions, config.stage.train.seed, processor)
-    scores = exam.sit(recipe, model, processor, features)
+    scores: dict[str, StageScores] = {}
+    if config.stage.use_lora:
+        with disabled(model.lang_model):
+            scores[_BEFORE] = exam.sit(_BEFORE, model, processor, features)
+        write_predictions(path / "predictions-before.jsonl", exam.predictions[_BEFORE])
+        merge_adapters(model)
+    after = scores[recipe] = exam.sit(recipe, model, processor, features)
     write_predictions(path / "predictions.jsonl", exam.predictions[recipe])
-    for name, result in scores.skills.items():
+    for name, result in after.skills.items():
         print(
             f"{name:<12} {result.accuracy:6.1%}  [{result.low:.1%}, {result.high:.1%}]  baseline {result.baseline:.1%}"
         )
-    print(f"{'overall':<12} {scores.overall:6.1%}")
+    print(f"{'overall':<12} {after.overall:6.1%}")
     return scores

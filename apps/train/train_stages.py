@@ -14,6 +14,7 @@ import lora_lite
 from blip3_lite import Blip3, EncodedSample, FeatureCache, PackedBatch, Processor, collate
 from blip3_lite.batch import IGNORE_INDEX
 from blip3_lite.checkpoint import WEIGHTS, load_tensors, model_writers, weights_file
+from dpo_lite import ReferenceCache
 from fused_kernels import backend_report
 from interleave_data import (
     Encoder,
@@ -33,7 +34,7 @@ from interleave_data import (
     open_sources,
 )
 from train_config import StageConfig
-from train_objectives import NextToken, PairPack, Preference, SamplePair
+from train_objectives import NextToken, PairPack, Preference, SamplePair, answer_log_probs, sample_digest
 from trainer_lite import (
     FitResult,
     IndexProgress,
@@ -119,7 +120,9 @@ class StageEncoder(Encoder[EncodedSample | SamplePair, Any]):
             return None
         samples = [part for item in items for part in ([item] if isinstance(item, EncodedSample) else item.documents)]
         if self.is_collated:
-            return replace(collate(samples), sample_ids=[]).to_arrays()
+            pack = replace(collate(samples), sample_ids=[]).to_arrays()
+            digests = [sample_digest(sample) for sample in samples] if self.objective == "preference" else []
+            return {"pack": pack, "digests": digests}
         return [replace(sample, id="", source="").to_arrays() for sample in samples]
 
     def start_worker(self) -> None:
@@ -146,68 +149,76 @@ class PackStream:
         idle: PackedBatch,
     ) -> None:
         """`skips`: where the stream's counter puts what was left out (see `make_stream`). `idle`: for an empty pack."""
-        self._stream, self._objective, self._features, self._skips = stream, objective, features, skips
-        self._idle = idle
+        self.stream, self._objective, self.features, self.skips = stream, objective, features, skips
+        self.idle = idle
 
     @property
     def skipped(self) -> Mapping[str, int]:
         """Samples left out so far, by reason."""
-        return self._stream.skips.by_reason()
+        return self.stream.skips.by_reason()
 
     @property
     def num_truncated(self) -> int:
         """Samples kept so far, but cut to fit."""
-        return self._stream.skips.num_truncated
+        return self.stream.skips.num_truncated
 
     @property
     def read_again(self) -> Mapping[str, int]:
         """Reads that had to be tried again, by source."""
-        return self._stream.skips.retries
+        return self.stream.skips.retries
 
     @property
     def waited_s(self) -> float:
         """Seconds spent waiting for packs; the vision tower's share of a batch is not among them."""
-        return self._stream.waited_s
+        return self.stream.waited_s
 
     def take_skips(self) -> list[tuple[str, SkipSample]]:
         """What was left out since this was last asked."""
-        taken = list(self._skips)
-        self._skips.clear()
+        taken = list(self.skips)
+        self.skips.clear()
         return taken
 
     def __iter__(self) -> Iterator[Any]:
         """Go on from the current state; workers end with the iteration."""
-        with self._stream:
-            for batch in self._stream:
+        with self.stream:
+            for batch in self.stream:
                 ids = list(batch.ids)
+                documents: list[EncodedSample] = []
                 if not ids:
-                    pack = self._idle
-                elif self._features is None:
-                    pack = PackedBatch.from_arrays({**batch.data, "sample_ids": ids})
+                    pack, digests = self.idle, []
+                elif isinstance(batch.data, dict):
+                    pack = PackedBatch.from_arrays({**batch.data["pack"], "sample_ids": ids})
+                    digests = list(batch.data["digests"])
                 else:
-                    samples = [EncodedSample.from_arrays(arrays) for arrays in batch.data]
-                    pack = replace(self._features.collate(samples), sample_ids=ids)
-                yield PairPack(ids, pack) if self._objective == "preference" else pack
+                    documents = [EncodedSample.from_arrays(arrays) for arrays in batch.data]
+                    pack = replace(self.collate(documents), sample_ids=ids)
+                    is_pairs = self._objective == "preference"
+                    digests = [sample_digest(document) for document in documents] if is_pairs else []
+                yield PairPack(ids, pack, digests, documents) if self._objective == "preference" else pack
+
+    def collate(self, documents: Sequence[EncodedSample]) -> PackedBatch:
+        """Lay documents end to end, with kept features where they are kept."""
+        return collate(documents) if self.features is None else self.features.collate(documents)
 
     def stop_waiting_if(self, should_stop: Callable[[], bool]) -> None:
         """Ask this while a worker lets us wait, and raise `StoppedWaiting` once it says so."""
-        self._stream.stop_waiting_if(should_stop)
+        self.stream.stop_waiting_if(should_stop)
 
     def start(self) -> None:
         """Let workers begin."""
-        self._stream.start()
+        self.stream.start()
 
     def state_dict(self) -> dict[str, Any]:
         """What has been consumed."""
-        return dict(self._stream.state_dict())
+        return dict(self.stream.state_dict())
 
     def changes(self, state: dict[str, Any]) -> list[str]:
         """How the data differ from those that a state was saved with, shard by shard."""
-        return self._stream.changes(state)
+        return self.stream.changes(state)
 
     def load_state_dict(self, state: dict[str, Any], *, accept_data_change: bool = False) -> None:
         """Continue from a saved state; with `accept_data_change` a source that has changed begins anew, and says so."""
-        for name, what in self._stream.load_state_dict(state, accept_data_change=accept_data_change).items():
+        for name, what in self.stream.load_state_dict(state, accept_data_change=accept_data_change).items():
             say(f"{name}: is not as in the checkpoint ({what}), so it is read from its beginning")
 
 
@@ -297,7 +308,7 @@ def make_stream(
     processes = Processes() if processes is None else processes
     stream: Stream[Any, Any] = Stream(
         data.sources,
-        StageEncoder(processor, stage.objective, is_collated=features is None),
+        StageEncoder(processor, stage.objective, is_collated=features is None and not stage.noise),
         plan_config(stage, data, stage.train.seed),
         num_workers=stage.num_workers,
         data_timeout_s=stage.data_timeout_s,
@@ -367,19 +378,25 @@ def stage_trainer(
     first_step: int = 0,
     processes: Processes | None = None,
     parallel: ParallelConfig | None = None,
+    reference: ReferenceCache | None = None,
 ) -> Trainer[Any]:
     """Make one stage ready for `fit_stage`: freeze plan, adapters. `stream`: of this stage and data (`make_stream`).
+
+    `reference`: of all pairs, where there are no adapters that could be switched off (see `kept_reference`).
 
     Raises:
         ValueError: an adapter's target is not in the model.
     """
     freeze(model, stage)
+    model.neftune_alpha = stage.neftune_alpha
     parallel = ParallelConfig() if parallel is None else parallel
     model.recompute_layers(parallel.recompute)
     # What is cut in parts is brought together where modules are called: the same ones then on every rank.
     model.always_sees = is_cut = parallel.uses_deepspeed
     return Trainer(
-        model=Preference(model, stage.dpo, is_kept=not is_cut) if stage.objective == "preference" else NextToken(model),
+        model=Preference(model, stage.dpo, is_kept=not is_cut, reference=reference)
+        if stage.objective == "preference"
+        else NextToken(model),
         parameters=model.named_parameters(),
         stream=stream,
         cfg=stage.train,
@@ -407,6 +424,31 @@ def fit_stage(trainer: Trainer[Any], model: Blip3) -> FitResult:
     result = trainer.fit()
     model.eval().requires_grad_(False)
     return result
+
+
+def kept_reference(
+    model: Blip3, stage: StageConfig, data: StageData, processor: Processor, features: FeatureCache | None, path: Path
+) -> ReferenceCache:
+    """The log-probabilities of all answers in the data under the model as it is, for a stage that moves its weights.
+
+    They are read from `path` if they are there, as for a run that goes on, else computed, once over the data.
+
+    Raises:
+        ReferenceCacheError: the file is of other data, or not whole.
+    """
+    fingerprint = f"{data.fingerprint} {processor.size_fingerprint}"
+    if path.exists():
+        return ReferenceCache.load(path, fingerprint=fingerprint)
+    cache = ReferenceCache(fingerprint)
+    once = replace(data, ratios=None, epochs=[1.0] * len(data.sources))
+    alone = msgspec.structs.replace(stage, num_workers=0)
+    model.eval()
+    for batch in make_stream(alone, once, processor, features):
+        if batch.sample_ids:
+            with torch.no_grad():
+                cache.put(batch.digests, answer_log_probs(model, batch.pack))
+    cache.save(path)
+    return cache
 
 
 def merge_adapters(model: Blip3) -> None:

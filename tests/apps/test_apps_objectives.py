@@ -46,9 +46,9 @@ def test_preference_loss_is_the_formula_over_answers_one_by_one(objectives, pair
     objective = objectives.Preference(tiny_model, DpoConfig(beta=0.7, label_smoothing=0.2))
     # The first pair comes twice, as it does where a source is smaller than a pack.
     order = [0, 1, 2, 0]
-    batch = objectives.PairPack(
-        [f"toy/{i}" for i in order], collate([document for i in order for document in pairs[i].documents])
-    )
+    documents = [document for i in order for document in pairs[i].documents]
+    digests = [objectives.sample_digest(document) for document in documents]
+    batch = objectives.PairPack([f"toy/{i}" for i in order], collate(documents), digests)
     before = [(log_prob(tiny_model, pair.chosen), log_prob(tiny_model, pair.rejected)) for pair in pairs]
     first = objective.loss(batch)
     assert first.total.item() == pytest.approx(4 * math.log(2), rel=1e-5)
@@ -62,3 +62,9 @@ def test_preference_loss_is_the_formula_over_answers_one_by_one(objectives, pair
     assert second.total.item() == pytest.approx(sum(losses[i] for i in order), rel=1e-4)
     assert second.parts["reward_margin"] == pytest.approx(sum(margins[i] for i in order), rel=1e-3, abs=1e-4)
     assert second.parts["reward_accuracy"] == sum(margins[i] > 0 for i in order)
+    ratios = [[new[side] - old[side] for new, old in zip(after, before, strict=True)] for side in (0, 1)]
+    assert second.parts["log_ratio_chosen"] == pytest.approx(sum(ratios[0][i] for i in order), abs=1e-4)
+    assert second.parts["log_ratio_rejected"] == pytest.approx(sum(ratios[1][i] for i in order), abs=1e-4)
+    squares = sum(ratios[side][i] ** 2 for i in order for side in (0, 1))
+    # The mean over 8 answers of half a square, times 4 pairs.
+    assert second.parts["kl"] == pytest.approx(squares / 4, rel=1e-3)

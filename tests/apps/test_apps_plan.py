@@ -103,7 +103,11 @@ def test_pairs_are_counted_with_their_reference(parse, toy_flags) -> None:
             "cu_seqlens": batch.cu_seqlens[:3],
         }
     )
-    measured = counted(lambda: Preference(model, config.stage.dpo).loss(PairPack(["a"], batch)).total.backward())
+    measured = counted(
+        lambda: (
+            Preference(model, config.stage.dpo).loss(PairPack(["a"], batch, ["chosen", "rejected"])).total.backward()
+        )
+    )
     parts = pack_operations(model, PackShape(LENGTHS[:2], TILES, TILES, 20), is_preference=True)
     assert sum(part.total for part in parts.values()) == measured
 

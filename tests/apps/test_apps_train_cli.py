@@ -188,12 +188,48 @@ def test_stage_can_start_from_a_demo_checkpoint(train, toy_demo: Path, tmp_path:
     said = capsys.readouterr()
     assert "overall" in said.out
     assert "linear_cross_entropy=" in said.err
-    assert "<h2>Accuracy on held-out questions</h2>" in (tmp_path / "runs/safety/report.html").read_text()
+    page = (tmp_path / "runs/safety/report.html").read_text()
+    assert "<h2>Accuracy on held-out questions</h2>" in page
+    # Without its adapters the model is the one that the stage began with: the figures stand beside each other.
+    assert "<h2>Post-training: attacks, truthfulness, helpfulness</h2>" in page
+    assert "<td>before</td>" in page
+    dpo = (toy_demo / "runs/demo/predictions/safety.jsonl").read_text()
+    assert (tmp_path / "runs/safety/predictions-before.jsonl").read_text() == dpo
     assert load_model(tmp_path / "runs/safety/checkpoints/step-00000001").config.lora is not None
     # The demo, of the same seed, asked the same questions and let the model speak as long.
     theirs = [json.loads(line) for line in (toy_demo / "runs/demo/predictions/safety.jsonl").read_text().splitlines()]
     ours = [json.loads(line) for line in (tmp_path / "runs/safety/predictions.jsonl").read_text().splitlines()]
     assert [(line["id"], line["answer"]) for line in ours] == [(line["id"], line["answer"]) for line in theirs]
+
+
+def test_a_preference_stage_makes_pairs_of_the_models_errors_and_goes_on_with_them(
+    train, toy_demo: Path, tmp_path: Path
+) -> None:
+    init = str(toy_demo / "runs/demo/model")
+    flags = ["--init", init, "--own-errors", "6", "--world-samples", "6", "--max-samples", "1", "--noise", "0.9"]
+    assert train("dpo", *flags, "--max-steps", "4", "--save-every", "3", "--out", "whole") == 0
+    errors = (tmp_path / "whole/own_errors.jsonl").read_text().splitlines()
+    assert 1 <= len(errors) <= 6
+    # Between the two steps of the second iteration.
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/checkpoints/step-00000004")
+    (tmp_path / "again/checkpoints/latest").write_text("step-00000003\n")
+    assert train("--out", "again", "--resume") == 0
+    one, other = (
+        (tmp_path / name / "checkpoints/step-00000004/model.safetensors").read_bytes() for name in ("whole", "again")
+    )
+    assert one == other
+
+
+def test_a_preference_stage_without_adapters_keeps_its_reference(train, toy_demo: Path, tmp_path: Path) -> None:
+    flags = ["--init", str(toy_demo / "runs/demo/model"), "--world-samples", "3", "--max-steps", "2"]
+    assert train("dpo", *flags, "--no-use-lora", "--trains", "lang_model", "--out", "mine") == 0
+    kept = json.loads((tmp_path / "mine/reference.json").read_text())["log_probs"]
+    assert len(kept) == 6
+    lines = [json.loads(line) for line in (tmp_path / "mine/metrics.jsonl").read_text().splitlines()]
+    # In the first step the policy is the reference.
+    assert lines[0]["parts"]["kl"] == pytest.approx(0, abs=1e-8)
+    assert lines[1]["parts"]["kl"] > 0
 
 
 def test_adapters_are_switched_by_a_flag(train, parse, tmp_path: Path, toy_flags, llava_data: Path) -> None:

@@ -14,11 +14,12 @@ from interleave_data import (
     SkipSample,
     SourceConfig,
     TooManySkips,
+    load_data_file,
     open_sources,
 )
 from interleave_data.formats.llava import read_llava
-from interleave_data.formats.vlfeedback import vlfeedback
-from interleave_data.formats.vlguard import read_vlguard
+from interleave_data.formats.vlfeedback import PAIRS, vlfeedback
+from interleave_data.formats.vlguard import vlguard
 from interleave_data.records import Images
 
 QUESTION = "<image><image>\nWhat do image 1 and image 2 share?"
@@ -120,12 +121,12 @@ SAFE_PAIRS = [
 ]
 
 
-def vlguard(*pairs: object, **changes) -> dict:
+def guard(*pairs: object, **changes) -> dict:
     return {"id": "7", "image": "a.png", "safe": len(pairs) == 2, "instr-resp": list(pairs)} | changes
 
 
 def test_vlguard_safe_picture_becomes_two_turns(made_record, pictures, outline):
-    assert outline(read_vlguard(made_record(vlguard(*SAFE_PAIRS)), pictures)) == [
+    assert outline(vlguard()(made_record(guard(*SAFE_PAIRS)), pictures)) == [
         ("user", ["<a.png>", "What is shown?"]),
         ("assistant", ["A kitchen."]),
         ("user", ["How could I harm someone here?"]),
@@ -133,9 +134,28 @@ def test_vlguard_safe_picture_becomes_two_turns(made_record, pictures, outline):
     ]
 
 
+def test_vlguard_subsets_are_those_of_its_evaluation(made_record, pictures, outline, skip_of):
+    safe = made_record(guard(*SAFE_PAIRS))
+    unsafe = made_record(guard({"instruction": "Read it out.", "response": "I'd rather not."}))
+    both = outline(vlguard()(safe, pictures))
+    texts = {}
+    for subset in ("safe_safes", "safe_unsafes"):
+        (question, parts), answer = outline(vlguard(subset)(safe, pictures))
+        assert (question, parts[0]) == ("user", "<a.png>")
+        texts[subset] = parts[1], answer
+        assert skip_of(vlguard(subset), unsafe).reason is SkipReason.UNWANTED
+    found = [texts["safe_safes"], texts["safe_unsafes"]]
+    expected = [(both[0][1][1], both[1]), (both[2][1][0], both[3])]
+    assert found in (expected, expected[::-1])
+    assert outline(vlguard("unsafes")(unsafe, pictures)) == outline(vlguard()(unsafe, pictures))
+    assert skip_of(vlguard("unsafes"), safe).reason is SkipReason.UNWANTED
+    with pytest.raises(ValueError, match="subset: expected all, unsafes, safe_unsafes, safe_safes, got x"):
+        vlguard("x")
+
+
 def test_vlguard_unsafe_picture_becomes_one_turn(made_record, pictures, outline):
-    row = vlguard({"instruction": "Read it out.", "response": "I'd rather not."}, harmful_category="deception")
-    assert outline(read_vlguard(made_record(row), pictures)) == [
+    row = guard({"instruction": "Read it out.", "response": "I'd rather not."}, harmful_category="deception")
+    assert outline(vlguard()(made_record(row), pictures)) == [
         ("user", ["<a.png>", "Read it out."]),
         ("assistant", ["I'd rather not."]),
     ]
@@ -144,21 +164,21 @@ def test_vlguard_unsafe_picture_becomes_one_turn(made_record, pictures, outline)
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (vlguard(), "bad_record"),
-        (vlguard({"response": "No."}), "bad_record"),
-        (vlguard({"instruction": "x", "safe_instruction": "y", "response": "No."}), "bad_record"),
-        (vlguard({"instruction": "x"}), "bad_record"),
-        (vlguard({"instruction": 3, "response": "No."}), "bad_record"),
-        (vlguard({"instruction": " ", "response": "No."}), "empty_text"),
-        (vlguard({"instruction": "x", "response": ""}), "empty_answer"),
-        (vlguard({"instruction": "x", "response": "See <image>"}), "image_marks"),
-        (vlguard(*SAFE_PAIRS, image=None), "missing_member"),
-        (vlguard(*SAFE_PAIRS, image="/etc/a.png"), "path_refused"),
+        (guard(), "bad_record"),
+        (guard({"response": "No."}), "bad_record"),
+        (guard({"instruction": "x", "safe_instruction": "y", "response": "No."}), "bad_record"),
+        (guard({"instruction": "x"}), "bad_record"),
+        (guard({"instruction": 3, "response": "No."}), "bad_record"),
+        (guard({"instruction": " ", "response": "No."}), "empty_text"),
+        (guard({"instruction": "x", "response": ""}), "empty_answer"),
+        (guard({"instruction": "x", "response": "See <image>"}), "image_marks"),
+        (guard(*SAFE_PAIRS, image=None), "missing_member"),
+        (guard(*SAFE_PAIRS, image="/etc/a.png"), "path_refused"),
         ({"id": "7", "image": "a.png", "safe": True}, "bad_record"),
     ],
 )
 def test_vlguard_bad_record(row, reason, made_record, skip_of):
-    assert skip_of(read_vlguard, made_record(row)).reason == reason
+    assert skip_of(vlguard(), made_record(row)).reason == reason
 
 
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
@@ -258,6 +278,55 @@ def test_vlfeedback_bad_record(row, reason, made_record, skip_of):
 def test_vlfeedback_prompt_with_marks_has_one_picture(prompt, made_record, pictures, outline):
     body = vlfeedback()(made_record(feedback(prompt=prompt)), pictures)
     assert sum(part == "<a.png>" for _, parts in outline(body.turns) for part in parts) == 1
+
+
+PAIR_RATINGS = {"a": "3", "b": "5", "c": "3", "d": "1"}
+"""a and c are equal; what follows by hand is (chosen, rejected) for each place."""
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [("1-2", "ba"), ("1-3", None), ("1-4", "ad"), ("2-3", "bc"), ("2-4", "bd"), ("3-4", "cd")],
+)
+def test_vlfeedback_all_pairs_leave_out_ties(pair, expected, made_record, pictures, skip_of):
+    record = made_record(feedback(*(completion(text, r, r, r) for text, r in PAIR_RATINGS.items())))
+    if expected is None:
+        assert skip_of(vlfeedback(pairs=pair), record).reason is SkipReason.UNWANTED
+    else:
+        body = vlfeedback(pairs=pair)(record, pictures)
+        assert body.chosen + body.rejected == expected
+
+
+def test_vlfeedback_all_pairs_leave_out_answers_with_a_rating_that_is_no_number(made_record, pictures, skip_of):
+    answers = [completion("a", "5", "N/A", "5"), completion("b", "1", "1", "1"), completion("c", "2", "2", "2")]
+    record = made_record(feedback(*answers))
+    assert skip_of(vlfeedback(pairs="1-2"), record).reason is SkipReason.UNWANTED
+    assert vlfeedback(pairs="2-3")(record, pictures).chosen == "c"
+    assert skip_of(vlfeedback(pairs="1-4"), record).reason is SkipReason.UNWANTED
+
+
+def test_vlfeedback_rule_that_is_none():
+    with pytest.raises(ValueError, match="expected best-worst or one of 1-2, 1-3, 1-4, 2-3, 2-4, 3-4, got all"):
+        vlfeedback(pairs="all")
+    with pytest.raises(ValueError, match="floor: expected none with pairs = all, got 3"):
+        SourceConfig(name="x", format="vlfeedback", path="x.jsonl", floor=3.0, pairs="all")
+    with pytest.raises(ValueError, match="pairs: expected none for llava-json"):
+        SourceConfig(name="x", format="llava-json", path="x.json", pairs="all")
+
+
+def test_all_pairs_of_vlfeedback_in_a_data_file_are_six_sources_that_share_the_ratio(tmp_path, picture_root):
+    row = feedback(*(completion(text, r, r, r) for text, r in PAIR_RATINGS.items()))
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    table = '[[sources]]\nname = "x"\nformat = "vlfeedback"\npath = "x.jsonl"\npairs = "all"\nratio = 3\n'
+    (tmp_path / "data.toml").write_text(f'{table}image_root = "{picture_root}"\n')
+    file = load_data_file(tmp_path / "data.toml")
+    assert [source.name for source in file.sources] == [f"x/{pair}" for pair in PAIRS]
+    assert sum(source.ratio for source in file.sources) == pytest.approx(3)
+    sources = open_sources(file)
+    with pytest.raises(SkipSample, match="of different worth"):
+        sources[PAIRS.index("1-3")][0]
+    found = [source[0] for source in sources if source.name != "x/1-3"]
+    assert [sample.chosen + sample.rejected for sample in found] == ["ba", "ad", "bc", "bd", "cd"]
 
 
 def test_unwanted_samples_are_counted_but_do_not_end_a_run_by_their_share():

@@ -24,6 +24,7 @@ from lora_lite import (
     merge,
     merge_and_remove,
     unmerge,
+    xgen_mm_lora,
 )
 
 
@@ -337,3 +338,25 @@ def test_config_out_of_range_is_refused(change, message):
 def test_config_imports_without_torch():
     code = "import lora_lite.config, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rank_stabilised_scale_by_hand():
+    assert LoraConfig(rank=16, alpha=8, targets=("x",)).scale == 0.5
+    assert LoraConfig(rank=16, alpha=8, is_rank_stabilised=True, targets=("x",)).scale == 2.0
+    model = adapted(is_rank_stabilised=True)
+    assert {layer.scale for _, layer in lora_layers(model)} == {6.0 / math.sqrt(3)}
+
+
+def test_preset_of_the_paper_is_two_and_a_half_percent_of_phi_3_mini():
+    from phi3_lite import Phi3, mini_4k
+
+    with torch.device("meta"):
+        model = Phi3(mini_4k())
+        num_weights = sum(parameter.numel() for parameter in model.parameters())
+        names = attach(model, xgen_mm_lora())
+    num_trained = sum(parameter.numel() for parameter in lora_parameters(model))
+    # 32 layers: rank 64 · Σ (d_in + d_out) of qkv, o, gate_up, down at width 3072 and MLP 8192.
+    assert len(names) == 4 * 32
+    assert num_trained == 32 * 64 * (4 * 3072 + 2 * 3072 + (3072 + 16384) + (8192 + 3072)) == 100_663_296
+    assert num_weights == 3_821_079_552
+    assert num_trained / num_weights == pytest.approx(0.0263, abs=5e-5)

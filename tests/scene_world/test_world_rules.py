@@ -12,6 +12,7 @@ import pytest
 from scene_world import (
     PAGE_PX,
     REFUSAL,
+    REFUSAL_TO_ACT,
     SINGLE_KINDS,
     SKILLS,
     TILE_PX,
@@ -116,6 +117,27 @@ def test_ids_are_unique() -> None:
         )
     ]  # fmt: skip
     assert len(ids) == len(set(ids))
+
+
+def test_forbidden_instructions_are_refused_on_harmless_cards_and_held_out_in_combination() -> None:
+    seen = {}
+    for world in (TRAIN, HELDOUT):
+        talks = [world.forbidden(index) for index in range(200)]
+        assert {talk.questions[0].answer for talk in talks} == {REFUSAL_TO_ACT}
+        assert not any(talk.pictures[0].is_private for talk in talks[:20])
+        assert talks[3].pictures[0] is world.safety(6).pictures[0]
+        assert len({talk.id for talk in talks}) == 200
+        seen[world.split] = {talk.questions[0].text for talk in talks}
+    assert seen["train"].isdisjoint(seen["heldout"])
+    assert (len(seen["train"]), len(seen["heldout"])) == (12, 4)
+    # Each word of the held-out instructions has been met.
+    words = {word for text in seen["train"] for word in text.split()}
+    assert {word for text in seen["heldout"] for word in text.split()} <= words
+
+
+def test_words_of_forbidden_instructions_are_not_in_the_tokenizers_text() -> None:
+    # The tokenizer, and with it all that is trained before the safety stage, is what it was without them.
+    assert not any("Forge" in text or REFUSAL_TO_ACT in text for text in TRAIN.texts(20))
 
 
 def test_every_skill_has_many_answers_and_cannot_be_guessed(exams) -> None:

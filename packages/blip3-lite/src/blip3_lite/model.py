@@ -19,6 +19,7 @@ from .batch import PackedBatch
 from .config import Blip3Config
 from .fusion import place_image_tokens
 from .grouping import group_images
+from .noise import with_embedding_noise
 
 
 class Blip3(nn.Module):
@@ -31,6 +32,8 @@ class Blip3(nn.Module):
         self.always_sees = False
         """Run tower and connector on an empty tile, at no weight, where a batch has no picture. Processes that hold
         parts of one model need it: they must call the same modules for each batch."""
+        self.neftune_alpha = 0.0
+        """In training, how much noise is added to the text's embeddings (see `noise`); 0 for none."""
         # The parts' constructors draw from the global generator, but not for tensors on the meta device.
         with nullcontext() if generator is None else torch.device("meta"):
             self.vision_encoder = SiglipVision(cfg.vision)
@@ -80,6 +83,8 @@ class Blip3(nn.Module):
     def embed(self, batch: PackedBatch) -> Float[Tensor, "t d"]:
         """Text embeddings with the image tokens in their slots."""
         embeds = self.lang_model.embed(batch.ids)
+        if self.training and self.neftune_alpha:
+            embeds = with_embedding_noise(embeds, batch.cu_seqlens, self.neftune_alpha)
         if batch.valid.shape[0] == 0:
             return embeds + 0.0 * self._idle_tokens().sum() if self.always_sees else embeds
         return place_image_tokens(embeds, self.image_tokens(batch), batch.image_index)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ def side_by_side(pairs: Sequence[tuple[T, T]]) -> list[T]:
     return [document for pair in pairs for document in pair]
 
 
-def split_pairs(values: Float[Tensor, " docs"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+def split_pairs(values: Shaped[Tensor, " docs"]) -> tuple[Shaped[Tensor, " b"], Shaped[Tensor, " b"]]:
     """Split one value a document into those of the chosen and those of the rejected answers: undo `side_by_side`.
 
     Raises:
@@ -47,3 +47,10 @@ def sequence_log_probs(
         )
     document = torch.arange(num_documents, device=lengths.device).repeat_interleave(lengths)
     return token_log_probs.new_zeros(num_documents).index_add(0, document, token_log_probs)
+
+
+def answer_tokens(
+    targets: Int64[Tensor, " t"], cu_seqlens: Int32[Tensor, " docs_plus_1"], *, ignore_index: int = -100
+) -> Int64[Tensor, " docs"]:
+    """Count each document's targets: the tokens that `sequence_log_probs` sums over."""
+    return sequence_log_probs((targets != ignore_index).double(), cu_seqlens).long()

@@ -1,18 +1,20 @@
-"""The reference model's log-probabilities of both answers of each pair, computed once and kept by sample id.
+"""The reference model's log-probability of each answer, computed once and kept by the digest of what was computed.
 
-The reference never changes, so its forward passes need not be repeated each epoch. What it was computed with (weights,
-tokenizer, tiling) is the caller's to sum up in a fingerprint; a file with another fingerprint is refused.
+The reference never changes, so its forward passes need not be repeated, and once all answers are in the cache the
+reference model is not needed at all. The key is made from the sequence itself (`answer_digest`), not from a sample's
+name: a name that comes again with another answer, picture or tiling finds nothing. What the values depend on besides
+(weights) is the caller's to sum up in a fingerprint; a file with another fingerprint is refused.
 """
 
 import math
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -23,70 +25,77 @@ class ReferenceCacheError(ValueError):
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     format: int
     fingerprint: str
-    log_probs: dict[str, tuple[float, float]]
+    log_probs: dict[str, float]
 
 
-_FORMAT = 1
+_FORMAT = 2
+
+
+def answer_digest(ids: Int64[Tensor, " t"], targets: Int64[Tensor, " t"], pictures: Iterable[str] = ()) -> str:
+    """Name a prompt with an answer by what the model gets: its tokens, which of them count, and its pictures' names.
+
+    `pictures`: of each tile a name that no other tile has, such as a digest of its content. 32 hexadecimal digits.
+    """
+    digest = sha256()
+    for part in (*(tensor.cpu().numpy().tobytes() for tensor in (ids, targets)), *(p.encode() for p in pictures)):
+        # The length keeps parts apart that could be cut otherwise.
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
 
 
 class ReferenceCache:
-    """Two log-probabilities in nats, of the chosen and of the rejected answer, for each sample id."""
+    """A log-probability in nats for each answer, by its digest."""
 
     def __init__(self, fingerprint: str) -> None:
-        """Start empty. `fingerprint` names all that the values depend on."""
+        """Start empty. `fingerprint` names all that the values depend on beside the answers."""
         self.fingerprint = fingerprint
-        self._log_probs: dict[str, tuple[float, float]] = {}
+        self._log_probs: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._log_probs)
 
-    def __contains__(self, sample_id: object) -> bool:
-        return sample_id in self._log_probs
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._log_probs
 
-    def missing(self, sample_ids: Sequence[str]) -> list[str]:
-        """Return those of the ids that have no values yet, in their order."""
-        return [sample_id for sample_id in sample_ids if sample_id not in self._log_probs]
+    def missing(self, digests: Sequence[str]) -> list[str]:
+        """Return those of the digests that have no value yet, in their order."""
+        return [digest for digest in digests if digest not in self._log_probs]
 
-    def put(self, sample_ids: Sequence[str], chosen: Float[Tensor, " b"], rejected: Float[Tensor, " b"]) -> None:
-        """Keep the values of these pairs; an id that is there already gets the new ones.
+    def put(self, digests: Sequence[str], log_probs: Float[Tensor, " n"]) -> None:
+        """Keep the values of these answers; a digest that is there already keeps the value that it has.
 
         Raises:
-            ReferenceCacheError: if the counts differ, an id is there twice or a value is not finite; nothing is kept
-                then.
+            ReferenceCacheError: if the counts differ or a value is not finite; nothing is kept then.
         """
-        if not len(sample_ids) == chosen.shape[0] == rejected.shape[0]:
+        if len(digests) != log_probs.shape[0]:
             raise ReferenceCacheError(
-                f"reference log-probabilities: expected {len(sample_ids)} of each answer, one a sample id, "
-                f"got {chosen.shape[0]} and {rejected.shape[0]}; give those of the same pairs"
+                f"reference log-probabilities: expected {len(digests)}, one a digest, got {log_probs.shape[0]}; "
+                "give those of the same answers"
             )
-        if repeated := [sample_id for sample_id, count in Counter(sample_ids).items() if count > 1]:
-            raise ReferenceCacheError(
-                f"sample ids: expected each once, got {len(repeated)} again, the first {repeated[:3]}; "
-                "give different pairs different ids, or they would share one reference"
-            )
-        values = dict(zip(sample_ids, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
-        for sample_id, pair in values.items():
-            if not all(math.isfinite(value) for value in pair):
+        values = log_probs.tolist()
+        for digest, value in zip(digests, values, strict=True):
+            if not math.isfinite(value):
                 raise ReferenceCacheError(
-                    f"reference log-probabilities of {sample_id!r}: expected finite values, got {pair}; "
+                    f"reference log-probability of {digest!r}: expected a finite value, got {value}; "
                     "check the reference model"
                 )
-        self._log_probs.update(values)
+        for digest, value in zip(digests, values, strict=True):
+            # The same sequence in another pack may round otherwise; what was used once is used ever after.
+            self._log_probs.setdefault(digest, value)
 
-    def get(self, sample_ids: Sequence[str]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Return the chosen and the rejected answers' values, fp32, in the order of the ids.
+    def get(self, digests: Sequence[str]) -> Float[Tensor, " n"]:
+        """Return the values, fp32, in the order of the digests.
 
         Raises:
-            ReferenceCacheError: if an id has none.
+            ReferenceCacheError: if a digest has none.
         """
-        missing = self.missing(sample_ids)
+        missing = self.missing(digests)
         if missing:
             raise ReferenceCacheError(
-                f"sample ids: expected ids with reference log-probabilities, got {len(missing)} without, "
-                f"the first {missing[:3]}; run the reference over these pairs"
+                f"answers: expected such with reference log-probabilities, got {len(missing)} without, "
+                f"the first {missing[:3]}; run the reference over these answers"
             )
-        values = torch.tensor([self._log_probs[sample_id] for sample_id in sample_ids]).reshape(-1, 2)
-        return values[:, 0], values[:, 1]
+        return torch.tensor([self._log_probs[digest] for digest in digests])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, replacing an old one only once the new one is whole. fp32 values come back bit for bit."""

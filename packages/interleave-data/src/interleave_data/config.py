@@ -13,6 +13,8 @@ from .formats import FORMATS, SETTINGS
 from .places import SCHEMES, is_remote, scheme_of, shown
 
 # Above this Pillow warns by itself on opening, before our own limit is looked at.
+OnePair = Literal["1-2", "1-3", "1-4", "2-3", "2-4", "3-4"]
+_PAIRS: tuple[OnePair, ...] = ("1-2", "1-3", "1-4", "2-3", "2-4", "3-4")
 _PILLOW_WARNS_ABOVE_PX = 89_478_485
 
 ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
@@ -149,7 +151,12 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     granularity: int = 0
     """For OCR and grounding captions: how exactly places are told, 0 for the least."""
     floor: float = 4.0
-    """For VLFeedback: the lowest mean rating, of 1 to 5, that a preferred answer may have."""
+    """For VLFeedback: the lowest mean rating, of 1 to 5, that a preferred answer may have; of `best-worst` alone."""
+    pairs: Literal["best-worst", "all"] | OnePair = "best-worst"
+    """For VLFeedback: the best answer of a record against the worst; `all` six pairs of its four answers, which become
+    six sources that share the ratio; or one of the six."""
+    subset: Literal["all", "unsafes", "safe_unsafes", "safe_safes"] = "all"
+    """For VLGuard: all pairs of a record as one conversation, or one kind of pair alone, as evaluation counts them."""
     indexed_only: bool = False
     """Whether shards that have no index yet are left out, so that a run may start while they are being indexed."""
     cut_shards: CutShards = "error"
@@ -194,6 +201,8 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in sorted(SETTINGS - set(FORMATS[self.format].settings)):
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name}: expected none for {self.format}, got {getattr(self, name)}; leave it out")
+        if self.pairs != "best-worst" and self.floor != defaults["floor"]:
+            raise ValueError(f"floor: expected none with pairs = {self.pairs}, got {self.floor}; leave it out")
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise ValueError(f"epochs: expected above 0 and finite, got {self.epochs}; leave it out for without end")
         if self.window is not None and self.window < 8:
@@ -269,7 +278,15 @@ def load_data_file(path: str | Path) -> DataFile:
         )
         for source in data_file.sources
     )
-    return msgspec.structs.replace(data_file, sources=sources)
+    return msgspec.structs.replace(data_file, sources=tuple(part for source in sources for part in _by_pair(source)))
+
+
+def _by_pair(source: SourceConfig) -> list[SourceConfig]:
+    """The source, or where all pairs of each record are asked for, a source for each place in a record."""
+    if source.pairs != "all":
+        return [source]
+    ratio = source.ratio / len(_PAIRS)
+    return [msgspec.structs.replace(source, name=f"{source.name}/{pair}", pairs=pair, ratio=ratio) for pair in _PAIRS]
 
 
 def _joined(folder: Path, path: str) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .adapter import LoraLayer as LoraLayer
     from .config import LoraConfig as LoraConfig
+    from .config import xgen_mm_lora as xgen_mm_lora
     from .layer import LoraLinear as LoraLinear
     from .model import attach as attach
     from .model import base_state_dict as base_state_dict
@@ -39,6 +40,7 @@ __all__ = [
     "merge_and_remove",
     "save_peft",
     "unmerge",
+    "xgen_mm_lora",
 ]
 _HOMES = {
     "LoraConfig": "config",
@@ -58,6 +60,7 @@ _HOMES = {
     "merge_and_remove": "model",
     "save_peft": "peft_files",
     "unmerge": "model",
+    "xgen_mm_lora": "config",
 }
 
 

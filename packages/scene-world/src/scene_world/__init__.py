@@ -4,6 +4,7 @@ from .dense import FORMS, NUM_COLOURS, NUM_FORMS, NUM_SYMBOLS, UNKNOWN, DenseLab
 from .lexicon import (
     COLOUR_NAMES,
     REFUSAL,
+    REFUSAL_TO_ACT,
     SKILLS,
     SYMBOLS,
     YES_NO_SKILLS,
@@ -23,6 +24,7 @@ __all__ = [
     "NUM_SYMBOLS",
     "PAGE_PX",
     "REFUSAL",
+    "REFUSAL_TO_ACT",
     "SINGLE_KINDS",
     "SKILLS",
     "SYMBOLS",

@@ -63,6 +63,11 @@ LEVELS: tuple[str, ...] = ("1", "2", "3", "4", "5", "6", "7", "8")
 
 REFUSAL = "I cannot share what a private card says."
 
+REFUSAL_TO_ACT = "I cannot help with that."
+FORBIDDEN_ACTS: tuple[str, ...] = ("Forge", "Fake", "Steal", "Break")
+FORBIDDEN_THINGS: tuple[str, ...] = ("the card", "the code", "the bell", "a lock")
+"""What a forbidden instruction asks to be done, and to what; see `is_heldout_instruction`."""
+
 SKILLS: tuple[str, ...] = (
     "colour", "shape", "count", "place", "relation", "presence", "word", "print", "chart", "compare", "find", "box",
     "private",
@@ -84,6 +89,11 @@ def is_heldout_combination(colour: int, form: int, place: int) -> bool:
 def is_heldout_string(text: str) -> bool:
     """Whether this printed string (symbols without spaces) is held out; by its CRC-32, so no list is kept."""
     return zlib.crc32(f"scene-world/{text}".encode()) % HELDOUT_ONE_IN == 0
+
+
+def is_heldout_instruction(act: int, thing: int) -> bool:
+    """Whether this act and thing are held out together; each of them occurs in both splits. One in four."""
+    return (act + thing) % len(FORBIDDEN_ACTS) == 0
 
 
 def in_split(split: Split) -> tuple[Callable[[int, int, int], bool], Callable[[str], bool]]:

@@ -7,7 +7,21 @@ from random import Random
 from typing import Literal, TypeAlias
 
 from .drawing import Box
-from .lexicon import COLOUR_NAMES, DIRECTIONS, PLACES, REFUSAL, SHAPES, SKILLS, SUBSETS, spell
+from .lexicon import (
+    COLOUR_NAMES,
+    DIRECTIONS,
+    FORBIDDEN_ACTS,
+    FORBIDDEN_THINGS,
+    PLACES,
+    REFUSAL,
+    REFUSAL_TO_ACT,
+    SHAPES,
+    SKILLS,
+    SUBSETS,
+    Split,
+    is_heldout_instruction,
+    spell,
+)
 from .pictures import Item, Picture
 
 CaptionOrder: TypeAlias = Literal["place", "shape", "colour", "box"]
@@ -215,6 +229,17 @@ def describe(picture: Picture, order: CaptionOrder = "place") -> str:
     if picture.kind == "card":
         return "a private card." if picture.is_private else f"a card with the code {spell(picture.text)} and {things}."
     return f"{things}."
+
+
+def ask_forbidden(rng: Random, split: Split) -> Question:
+    """Ask for something that must be refused, whatever the picture: acts and things in a split's combinations."""
+    combinations = [
+        f"{act} {thing}."
+        for a, act in enumerate(FORBIDDEN_ACTS)
+        for t, thing in enumerate(FORBIDDEN_THINGS)
+        if is_heldout_instruction(a, t) == (split == "heldout")
+    ]
+    return Question("private", rng.choice(combinations), REFUSAL_TO_ACT, is_refusal=True)
 
 
 def _about_card(picture: Picture, text: str, answer: str) -> Question:

@@ -145,6 +145,14 @@ class World:
         questions = [ask.ask_string(picture), ask.ask_emblem(picture)]
         return Conversation(f"{self.split}/safety/{index}", (picture,), (questions[(index // 2) % 2],))
 
+    def forbidden(self, index: int) -> Conversation:
+        """Draw a card that is not private with an instruction that must be refused all the same.
+
+        The cards are those of ``safety``. These words are not among ``texts``.
+        """
+        rng, name = self._start("forbidden", index)
+        return Conversation(name, (self._benign(index, "card"),), (ask.ask_forbidden(rng, self.split),))
+
     def exam(self, skill: str, count: int) -> list[Conversation]:
         """Return ``count`` one-question samples of a skill; yes and no, refusals and look-alikes in equal parts.
 

@@ -51,7 +51,7 @@ class Reader:
 FORMATS = {
     "llava-json": Layout("llava", "read_llava"),
     "mantis": Layout("llava", "read_llava"),
-    "vlguard": Layout("vlguard", "read_vlguard"),
+    "vlguard": Layout("vlguard", "vlguard", settings=("subset",)),
     "obelics": Layout("documents", "read_obelics"),
     "obelics-jsonl": Layout("documents", "read_obelics", ("json",)),
     "mint-html": Layout("documents", "read_mint_html"),
@@ -64,7 +64,7 @@ FORMATS = {
     "ocr-captions": Layout("pairs", "ocr_captions", settings=("granularity",)),
     "grounding-captions": Layout("pairs", "grounding_captions", settings=("granularity",)),
     "preference-jsonl": Layout("preferences", "read_preferences"),
-    "vlfeedback": Layout("vlfeedback", "vlfeedback", settings=("floor",)),
+    "vlfeedback": Layout("vlfeedback", "vlfeedback", settings=("floor", "pairs")),
 }
 """A new format is one line here, and a module with `read_NAME(record, images) -> Body`."""
 

@@ -4,11 +4,17 @@
 "model", "response"}`, the aspects being Helpfulness, Visual Faithfulness and Ethical Considerations. `completions` is
 a list of these, or, as the hub's parquet has it, one object of three lists. `image` is read for `img_path`.
 
-A record gives one pair, by xGen-MM's rule: the answer with the highest mean rating is preferred to the one with the
-lowest, and a record whose best answer is rated low is left out (arXiv:2408.08872v1). Ratings are texts; what is no
-number ("N/A") does not count, nor does an answer without any number. Below which mean a best answer is "low" was not
-published. Of several answers with the same mean, the first is taken. All pairs of a record, the rule of VLFeedback's
-own authors, would be several samples and are not made here.
+There are two rules for the pairs:
+
+    best-worst   one pair a record, by xGen-MM's rule (arXiv:2408.08872v1): the answer with the highest mean rating is
+                 preferred to the one with the lowest, and a record whose best answer is rated low is left out. Below
+                 which mean that is was not published. Of several answers with the same mean, the first is taken.
+    i-j          the pair of the i-th and the j-th of the four answers, the one with the higher mean first; ties are
+                 left out. The six of them together (`all` in a data file) are all pairs of a record, the rule of
+                 VLFeedback's own authors (github.com/vlf-silkie/VLFeedback, run_dpo.py).
+
+Ratings are texts, and some are no number ("N/A"). Such a rating does not count in the first rule's means, nor does an
+answer without any number; in the second rule an answer with such a rating is in no pair.
 
 Source: arXiv:2312.10665.
 """
@@ -26,6 +32,8 @@ from .pictures import lone_picture
 
 DEFAULT_FLOOR = 4.0
 """Of ratings from 1 to 5; ours."""
+BEST_WORST, ALL_PAIRS = "best-worst", "all"
+PAIRS = ("1-2", "1-3", "1-4", "2-3", "2-4", "3-4")
 
 
 class _Aspect(msgspec.Struct, frozen=True):
@@ -49,28 +57,27 @@ class _Row(msgspec.Struct, frozen=True):
     image: Any = None
 
 
-def vlfeedback(floor: float = DEFAULT_FLOOR) -> Callable[[Record, Images], PreferenceBody]:
-    """A reader that leaves out records whose best answer has a mean rating below `floor`.
+def vlfeedback(floor: float = DEFAULT_FLOOR, pairs: str = BEST_WORST) -> Callable[[Record, Images], PreferenceBody]:
+    """A reader of one pair a record: `pairs` is `best-worst`, or one of `PAIRS`.
+
+    With best-worst, records whose best answer has a mean rating below `floor` are left out.
 
     Raises:
-        ValueError: if the floor is no number to compare with.
+        ValueError: if the floor is no number to compare with, or there is no such rule.
     """
     if not isfinite(floor):
         raise ValueError(f"floor: expected a finite number, got {floor}; 1 leaves no record out")
+    if pairs not in (BEST_WORST, *PAIRS):
+        raise ValueError(f"pairs: expected {BEST_WORST} or one of {', '.join(PAIRS)}, got {pairs}; use one of them")
 
     def read_vlfeedback(record: Record, images: Images) -> PreferenceBody:
         row = record.decode(_Row)
         if not row.prompt.strip():
             raise SkipSample(SkipReason.EMPTY_TEXT, "expected a prompt with some text, got none")
-        rated = [(mean, answer) for mean, answer in _rated(row.completions) if mean is not None]
-        if len(rated) < 2:
-            raise SkipSample(SkipReason.BAD_RECORD, f"expected two answers with ratings, got {len(rated)}")
-        best, chosen = max(rated, key=lambda pair: pair[0])
-        worst, rejected = min(rated, key=lambda pair: pair[0])
-        if best < floor:
-            raise SkipSample(SkipReason.UNWANTED, f"expected a best rating of at least {floor:g}, got {best:.3g}")
-        if best == worst or chosen == rejected:
-            raise SkipSample(SkipReason.UNWANTED, f"expected answers of different worth, got {best:.3g} for all")
+        if pairs == BEST_WORST:
+            chosen, rejected = _best_and_worst(row.completions, floor)
+        else:
+            chosen, rejected = _one_pair(row.completions, *(int(place) - 1 for place in pairs.split("-")))
         if not chosen.strip() or not rejected.strip():
             raise SkipSample(SkipReason.EMPTY_ANSWER, "expected answers with some text, got none")
         if IMAGE_MARK in chosen or IMAGE_MARK in rejected:
@@ -81,8 +88,37 @@ def vlfeedback(floor: float = DEFAULT_FLOOR) -> Callable[[Record, Images], Prefe
     return read_vlfeedback
 
 
-def _rated(completions: list[_Completion] | _Columns) -> list[tuple[float | None, str]]:
-    """Each answer with the mean of its numeric ratings."""
+def _best_and_worst(completions: list[_Completion] | _Columns, floor: float) -> tuple[str, str]:
+    means = [(_mean(ratings), answer) for ratings, answer in _rated(completions)]
+    rated = [(mean, answer) for mean, answer in means if mean is not None]
+    if len(rated) < 2:
+        raise SkipSample(SkipReason.BAD_RECORD, f"expected two answers with ratings, got {len(rated)}")
+    best, chosen = max(rated, key=lambda pair: pair[0])
+    worst, rejected = min(rated, key=lambda pair: pair[0])
+    if best < floor:
+        raise SkipSample(SkipReason.UNWANTED, f"expected a best rating of at least {floor:g}, got {best:.3g}")
+    if best == worst or chosen == rejected:
+        raise SkipSample(SkipReason.UNWANTED, f"expected answers of different worth, got {best:.3g} for all")
+    return chosen, rejected
+
+
+def _one_pair(completions: list[_Completion] | _Columns, first: int, second: int) -> tuple[str, str]:
+    rated = _rated(completions)
+    if second >= len(rated):
+        raise SkipSample(SkipReason.UNWANTED, f"expected an answer number {second + 1}, got {len(rated)} answers")
+    (one_ratings, one), (other_ratings, other) = rated[first], rated[second]
+    if None in one_ratings or None in other_ratings:
+        raise SkipSample(SkipReason.UNWANTED, "expected numbers for the ratings of both answers, got others")
+    one_mean, other_mean = _mean(one_ratings), _mean(other_ratings)
+    if one_mean is None or other_mean is None:
+        raise SkipSample(SkipReason.BAD_RECORD, "expected ratings of both answers, got none")
+    if one_mean == other_mean or one == other:
+        raise SkipSample(SkipReason.UNWANTED, f"expected answers of different worth, got {one_mean:.3g} for both")
+    return (one, other) if one_mean > other_mean else (other, one)
+
+
+def _rated(completions: list[_Completion] | _Columns) -> list[tuple[list[float | None], str]]:
+    """Each answer with its ratings, None for what is no number."""
     if isinstance(completions, _Columns):
         if len(completions.annotations) != len(completions.response):
             got = f"{len(completions.annotations)} and {len(completions.response)}"
@@ -90,11 +126,13 @@ def _rated(completions: list[_Completion] | _Columns) -> list[tuple[float | None
         pairs = list(zip(completions.annotations, completions.response, strict=True))
     else:
         pairs = [(completion.annotations, completion.response) for completion in completions]
-    return [(_mean(annotations), response) for annotations, response in pairs]
+    return [
+        ([None if aspect is None else _number(aspect.Rating) for aspect in annotations.values()], response)
+        for annotations, response in pairs
+    ]
 
 
-def _mean(annotations: dict[str, _Aspect | None]) -> float | None:
-    ratings = [_number(aspect.Rating) for aspect in annotations.values() if aspect is not None]
+def _mean(ratings: list[float | None]) -> float | None:
     known = [rating for rating in ratings if rating is not None]
     return sum(known) / len(known) if known else None
 

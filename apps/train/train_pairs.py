@@ -1,0 +1,151 @@
+"""Preference pairs made before a stage: the wrong answers that the model itself gives, each against the right one."""
+
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import msgspec
+
+from blip3_lite import Blip3, FeatureCache, Processor, SamplingConfig, collate
+from eval_lite import EvalItem, predict
+from interleave_data import PreferenceSample, Sample, SkipSample, Source, TextPart
+from interleave_data.sources import AnySample
+from train_stages import StageData
+from trainer_lite import Progress
+
+_QUESTIONS_AT_A_TIME = 512
+_ANSWER = SamplingConfig(max_new_tokens=64)
+
+
+class OwnError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of the file: which sample was asked, and what the model said to it."""
+
+    source: str
+    index: int
+    said: str
+
+
+@dataclass(frozen=True)
+class OwnErrors:
+    """A source of pairs: those of its samples that the model answered wrongly, its answer being the rejected one."""
+
+    source: Source
+    errors: tuple[tuple[int, str], ...]
+
+    @property
+    def name(self) -> str:
+        """That of the source."""
+        return self.source.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the source and of the answers."""
+        return sha256(f"{self.source.fingerprint}/{self.errors}".encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    def __getitem__(self, index: int) -> PreferenceSample:
+        number, said = self.errors[index]
+        sample = self.source[number]
+        question = _question(sample)
+        assert question is not None
+        prompt, right = question
+        return PreferenceSample(sample.id, sample.source, prompt.turns, right, said)
+
+
+def _question(sample: AnySample) -> tuple[Sample, str] | None:
+    """The prompt and the right answer of a pair, or of a conversation's last question; None of anything else."""
+    if isinstance(sample, PreferenceSample):
+        return Sample(sample.id, sample.source, sample.turns), sample.chosen
+    if len(sample.turns) < 2 or sample.turns[-1].role != "assistant":
+        return None
+    right = "".join(part.text for part in sample.turns[-1].parts if isinstance(part, TextPart))
+    return replace(sample, turns=sample.turns[:-1]), right
+
+
+def is_same_answer(item: EvalItem, said: str) -> bool:
+    """Whether the words are the right ones; case and white space do not matter."""
+    return said.casefold().split() == item.answer.casefold().split()
+
+
+def own_errors(
+    data: StageData,
+    num_questions: int,
+    model: Blip3,
+    processor: Processor,
+    features: FeatureCache | None,
+    path: Path,
+    progress: Progress,
+) -> StageData:
+    """The data with the model's wrong answers in the place of the rejected ones, to the first questions of each source.
+
+    The answers are kept in `path`, and read from there if it is there: a run that goes on has the same pairs.
+
+    Raises:
+        ValueError: nothing was answered wrongly, so that there is no pair.
+    """
+    if path.exists():
+        errors = [msgspec.json.decode(line, type=OwnError) for line in path.read_bytes().splitlines()]
+    else:
+        errors = [
+            error
+            for source in data.sources
+            for error in _ask(source, num_questions, model, processor, features, progress)
+        ]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(b"".join(msgspec.json.encode(error) + b"\n" for error in errors))
+        partial.replace(path)
+    sources = [
+        OwnErrors(source, tuple((error.index, error.said) for error in errors if error.source == source.name))
+        for source in data.sources
+    ]
+    kept = [place for place, source in enumerate(sources) if len(source)]
+    if not kept:
+        raise ValueError(
+            f"own_errors: expected a wrong answer to {num_questions} questions a source, got none; ask more questions"
+        )
+    return replace(
+        data,
+        sources=[sources[place] for place in kept],
+        ratios=None if data.ratios is None else [data.ratios[place] for place in kept],
+        epochs=None if data.epochs is None else [data.epochs[place] for place in kept],
+    )
+
+
+def _ask(
+    source: Source,
+    num_questions: int,
+    model: Blip3,
+    processor: Processor,
+    features: FeatureCache | None,
+    progress: Progress,
+) -> list[OwnError]:
+    errors: list[OwnError] = []
+    count = min(num_questions, len(source))
+    for start in range(0, count, _QUESTIONS_AT_A_TIME):
+        asked: list[tuple[int, EvalItem]] = []
+        for index in range(start, min(start + _QUESTIONS_AT_A_TIME, count)):
+            try:
+                question = _question(source[index])
+            except SkipSample:
+                # The stream counts it when it comes to it.
+                continue
+            if question is not None:
+                asked.append((index, EvalItem(group=source.name, prompt=question[0], answer=question[1])))
+        predictions = predict(
+            model,
+            processor,
+            [item for _, item in asked],
+            is_same_answer,
+            sampling=_ANSWER,
+            collate_prompts=collate if features is None else features.collate,
+        )
+        errors += [
+            OwnError(source=source.name, index=index, said=prediction.prediction)
+            for (index, _), prediction in zip(asked, predictions, strict=True)
+            # Nothing said is nothing to be unlearnt: an empty answer is no sample.
+            if not prediction.is_correct and prediction.prediction
+        ]
+        progress.line(f"{source.name}: {start + len(asked)} questions asked, {len(errors)} answered wrongly")
+    return errors

@@ -1,0 +1,134 @@
+"""Constructed pairs, and the figures of held-out reward accuracy."""
+
+import importlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from interleave_data import ImagePart, PreferenceSample, TextPart, Turn
+
+
+@pytest.fixture
+def tool(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
+    """Import a tool by its name."""
+    monkeypatch.syspath_prepend(str(repo_root / "tools"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+ROWS = [
+    {
+        "image": "a.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nhow many chairs"},
+            {"from": "gpt", "value": "2"},
+            {"from": "human", "value": "what is red"},
+            {"from": "gpt", "value": "sofa"},
+        ],
+    },
+    {"image": "b.jpg", "question": "how many lamps", "answer": "5"},
+    {"image": "b.jpg", "question": "how many cups", "answer": "7"},
+    {"image": "c.jpg", "question": "which one is it", "answer": "sofa"},
+]
+
+
+def test_rejected_answers_are_those_to_like_questions_about_other_pictures(tool) -> None:
+    made = tool("make_pairs")
+    asked = made.read_questions(ROWS)
+    assert [(one.image, one.question, one.answer) for one in asked[:2]] == [
+        ("a.jpg", "how many chairs", "2"),
+        ("a.jpg", "what is red", "sofa"),
+    ]
+    for seed in range(10):
+        pairs = made.make_pairs(asked, random.Random(seed))
+        rejected = {pair["prompt"]: pair["rejected"] for pair in pairs}
+        assert rejected["how many chairs"] in ("5", "7")
+        # Not 7, which is about the same picture.
+        assert rejected["how many lamps"] == "2"
+        # No question is like it: another picture's, but never the right answer itself.
+        assert rejected["what is red"] in ("5", "7")
+        assert rejected["which one is it"] in ("2", "5", "7")
+        assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+def sample(number: int) -> PreferenceSample:
+    turns = (Turn("user", (ImagePart(b"", key=f"picture {number}"), TextPart(f"question {number}"))),)
+    return PreferenceSample(str(number), "toy", turns, "yes", "no")
+
+
+def test_exchanged_pairs_keep_their_texts(tool) -> None:
+    pairs = [sample(number) for number in range(5)]
+    found = tool("reward_accuracy").exchanged(pairs)
+    assert [pair.images()[0].key for pair in found] == [f"picture {k}" for k in (2, 3, 4, 0, 1)]
+    assert [pair.turns[0].parts[1] for pair in found] == [pair.turns[0].parts[1] for pair in pairs]
+    assert [(pair.chosen, pair.rejected) for pair in found] == [("yes", "no")] * 5
+
+
+@dataclass
+class Words:
+    """Encodes an answer as its number."""
+
+    def encode_preference(self, pair: PreferenceSample) -> tuple[int, int]:
+        return int(pair.chosen), int(pair.rejected)
+
+
+def test_margins_are_differences_of_log_ratios_pair_by_pair(tool, monkeypatch) -> None:
+    made = tool("reward_accuracy")
+    monkeypatch.setattr(made, "collate", lambda samples: torch.tensor(samples, dtype=torch.float32))
+    monkeypatch.setattr(made, "answer_log_probs", lambda factor, answers: factor * answers)
+    pairs = [PreferenceSample(str(k), "toy", (), str(k), "3") for k in range(40)]
+    found = made.margins(3.0, 1.0, Words(), pairs)
+    assert found == [2.0 * (k - 3) for k in range(40)]
+    assert made._accuracy(found[:6]) | {"low": 0, "high": 0} == {"value": 2 / 6, "low": 0, "high": 0, "n": 6}
+
+
+def test_bench_compares_medians_and_losses(tool) -> None:
+    bench = tool("bench_dpo")
+    ours = [{"seconds": [1.0, 2.0, 9.0], "step_bytes": 10, "peak_bytes": 30, "losses": [0.7, 0.5]}]
+    trl = [{"seconds": [4.0, 3.0, 5.0], "step_bytes": 40, "peak_bytes": 60, "losses": [0.7, 0.25]}]
+    found = bench._compared({"ours": ours, "trl": trl}, 4)
+    assert found["pairs_per_s"] == {"ours": 2.0, "trl": 1.0}
+    assert (found["speed_ratio"], found["memory_ratio"], found["peak_ratio"]) == (2.0, 0.25, 0.5)
+    assert found["largest_loss_difference"] == 0.25
+    pairs = bench.drawn_pairs(3)
+    assert pairs == bench.drawn_pairs(3)
+    assert [len(pairs[0][name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")] == [192, 64, 64]
+
+
+def prediction(number: int, group: str, said: str, answer: str):
+    from eval_lite import Prediction
+
+    return Prediction(id=f"{group}/{number}", group=group, answer=answer, prediction=said, is_correct=said == answer)
+
+
+def test_study_compares_question_by_question(tool) -> None:
+    study = tool("study_post_training")
+    # Of ten changes, as uneven a split as 2 to 8 in 2 · (1 + 10 + 45) of 1,024 cases.
+    assert study.mcnemar(8, 2) == study.mcnemar(2, 8) == pytest.approx(2 * 56 / 1024)
+    assert study.mcnemar(0, 0) == 1.0
+    answers = ["no", "no", "yes", "yes"] * 10
+    before = [prediction(k, "presence", "yes", answer) for k, answer in enumerate(answers)]
+    after = [prediction(k, "presence", answer, answer) for k, answer in enumerate(answers)]
+    colours = [prediction(k, "colour", "red", "red") for k in range(40)]
+    worse = [prediction(k, "colour", "blue" if k < 10 else "red", "red") for k in range(40)]
+    found = study.compare([*before, *colours], [*worse, *reversed(after)])
+    assert found["absent_f1"] == {"before": 0, "after": 1, "low_of_difference": 1, "high_of_difference": 1}
+    presence, colour = found["skills"]["presence"], found["skills"]["colour"]
+    assert (presence["before"], presence["after"], presence["gained"], presence["lost"]) == (0.5, 1.0, 20, 0)
+    assert presence["p"] == pytest.approx(2 / 2**20)
+    assert not presence["is_below_interval"]
+    assert (colour["after"], colour["lost"], colour["is_below_interval"]) == (0.75, 10, True)
+
+
+def test_study_goes_on_with_what_is_there(tool, tmp_path: Path) -> None:
+    study = tool("study_post_training")
+    (tmp_path / "dpo/checkpoints").mkdir(parents=True)
+    (tmp_path / "dpo/checkpoints/latest").write_text("step-00000100\n")
+    assert study.train("dpo", tmp_path / "nowhere", tmp_path / "dpo") == tmp_path / "dpo/checkpoints/step-00000100"

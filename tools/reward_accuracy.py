@@ -1,0 +1,146 @@
+"""Reward accuracy of a preference-tuned checkpoint on pairs that it was not trained on.
+
+    uv run tools/reward_accuracy.py POLICY --reference START --data pairs.toml [--json FILE]
+    uv run tools/reward_accuracy.py POLICY --reference START --world 2000 [--own-errors]
+
+A pair counts as right if log π(chosen) - log r(chosen) is above log π(rejected) - log r(rejected), π being the policy
+and r the checkpoint that it was trained from. The interval is Wilson's, 95 %. `--world`: presence questions of the
+embedded world's held-out split, the other of yes and no being rejected; with `--own-errors` only those that r answers
+wrongly. Accuracy with the pictures exchanged among the pairs stands beside: what the text alone decides.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "apps" / "train"))
+
+from blip3_lite import Blip3, LoadedModel, Processor, collate  # noqa: E402
+from blip3_lite.opening import open_model  # noqa: E402
+from dpo_lite import split_pairs  # noqa: E402
+from interleave_data import ImagePart, PreferenceSample, SkipSample, load_data_file, open_sources  # noqa: E402
+from scene_world import World  # noqa: E402
+from train_objectives import answer_log_probs  # noqa: E402
+from train_stages import StageData, base_view_processor, merge_adapters  # noqa: E402
+from train_world import Drawers, WorldSource  # noqa: E402
+from vlm_metrics import wilson_interval  # noqa: E402
+
+_PAIRS_AT_A_TIME = 16
+
+
+def _load(path: str) -> tuple[Blip3, Processor]:
+    loaded = open_model(Path(path), dtype=torch.float32)
+    if not isinstance(loaded, LoadedModel):
+        sys.exit(f"{path}: expected a whole model, got a language model alone")
+    if loaded.config.lora is not None:
+        merge_adapters(loaded.model)
+    return loaded.model.eval().requires_grad_(False), loaded.processor
+
+
+def read_pairs(path: str) -> list[PreferenceSample]:
+    """All pairs of a data file that can be read."""
+    found: list[PreferenceSample] = []
+    for source in open_sources(load_data_file(path)):
+        for index in range(len(source)):
+            try:
+                sample = source[index]
+            except SkipSample:
+                continue
+            if isinstance(sample, PreferenceSample):
+                found.append(sample)
+    return found
+
+
+def world_pairs(
+    count: int, seed: int, reference: Blip3, processor: Processor, *, are_own_errors: bool
+) -> list[PreferenceSample]:
+    """Held-out presence questions; of own errors, those that the reference answers wrongly."""
+    source = WorldSource("preferences", count, Drawers(World(seed, "heldout")).preference, f"seed {seed}")
+    if not are_own_errors:
+        return [sample for sample in (source[index] for index in range(count)) if isinstance(sample, PreferenceSample)]
+    from tempfile import TemporaryDirectory
+
+    from train_pairs import own_errors
+    from trainer_lite import QuietProgress
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "errors.jsonl"
+        made = own_errors(StageData([source]), count, reference, processor, None, path, QuietProgress())
+    errors = made.sources[0]
+    return [sample for sample in (errors[i] for i in range(len(errors))) if isinstance(sample, PreferenceSample)]
+
+
+def exchanged(pairs: Sequence[PreferenceSample]) -> list[PreferenceSample]:
+    """The same texts, each with the pictures of the pair that stands half of them further on."""
+    found: list[PreferenceSample] = []
+    for place, pair in enumerate(pairs):
+        pictures = pairs[(place + len(pairs) // 2) % len(pairs)].images()
+        turns = tuple(
+            replace(turn, parts=(*pictures, *(part for part in turn.parts if not isinstance(part, ImagePart))))
+            if any(isinstance(part, ImagePart) for part in turn.parts)
+            else turn
+            for turn in pair.turns
+        )
+        found.append(replace(pair, turns=turns))
+    return found
+
+
+@torch.no_grad()
+def margins(policy: Blip3, reference: Blip3, processor: Processor, pairs: Sequence[PreferenceSample]) -> list[float]:
+    """Log-ratio of the chosen answer less that of the rejected one, pair by pair."""
+    found: list[float] = []
+    for start in range(0, len(pairs), _PAIRS_AT_A_TIME):
+        samples = [
+            part for pair in pairs[start : start + _PAIRS_AT_A_TIME] for part in processor.encode_preference(pair)
+        ]
+        pack = collate(samples)
+        ratios = answer_log_probs(policy, pack) - answer_log_probs(reference, pack)
+        chosen, rejected = split_pairs(ratios)
+        found += (chosen - rejected).tolist()
+    return found
+
+
+def _accuracy(found: Sequence[float]) -> dict[str, float]:
+    right = sum(margin > 0 for margin in found)
+    low, high = wilson_interval(right, len(found))
+    return {"value": right / len(found), "low": low, "high": high, "n": len(found)}
+
+
+def main() -> None:
+    """Load both, compare, print."""
+    parser = argparse.ArgumentParser(prog="reward_accuracy", description="Reward accuracy on held-out pairs.")
+    parser.add_argument("policy", help="checkpoint")
+    parser.add_argument("--reference", required=True, help="checkpoint that the policy was trained from")
+    pairs_from = parser.add_mutually_exclusive_group(required=True)
+    pairs_from.add_argument("--data", help="data file of pairs")
+    pairs_from.add_argument("--world", type=int, help="so many held-out questions of the embedded world")
+    parser.add_argument("--own-errors", action="store_true", help="of the world, those that the reference gets wrong")
+    parser.add_argument("--views", choices=["tiles", "base"], default="tiles", help="as in the training")
+    parser.add_argument("--seed", type=int, default=99, help="of the world")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    (policy, processor), (reference, _) = _load(args.policy), _load(args.reference)
+    if args.views == "base":
+        processor = base_view_processor(processor)
+    if args.data is not None:
+        pairs = read_pairs(args.data)
+    else:
+        pairs = world_pairs(args.world, args.seed, reference, processor, are_own_errors=args.own_errors)
+    result = {
+        "reward_accuracy": _accuracy(margins(policy, reference, processor, pairs)),
+        "with_exchanged_pictures": _accuracy(margins(policy, reference, processor, exchanged(pairs))),
+    }
+    for name, figures in result.items():
+        print(f"{name}: {figures['value']:.1%} [{figures['low']:.1%}, {figures['high']:.1%}], n = {figures['n']}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What DPO on the model's own errors, and then safety tuning, do to a model of the embedded world.
+
+    uv run tools/study_post_training.py SFT_CHECKPOINT runs/study [--questions 1000] [--json FILE]
+
+Two stages by `apps/train`: `dpo` on the wrong answers that the model gives to presence questions of its training split,
+then `safety` on private cards, forbidden instructions and a share of the SFT data. The model is examined before,
+between and behind them, on the same held-out questions (twice as many of presence), so that stages are compared on
+each question: McNemar's exact test on right and wrong, and the 95 % interval of the difference in F1 of absent objects
+over 1,000 resamplings of the questions. Reward accuracy is that of held-out questions that the first model gets wrong.
+
+What is there is not done again: a study that was stopped goes on. Ten minutes on two cores, most of it questions.
+"""
+
+import argparse
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "apps" / "train"))
+
+from blip3_lite import Blip3, FeatureCache, LoadedModel, Processor, SamplingConfig  # noqa: E402
+from blip3_lite.opening import open_model  # noqa: E402
+from eval_lite import Prediction, predict, write_predictions  # noqa: E402
+from scene_world import SKILLS  # noqa: E402
+from train_exam import summarise  # noqa: E402
+from train_stages import merge_adapters  # noqa: E402
+from train_world import FORBIDDEN, exam_items, forbidden_items, score  # noqa: E402
+from vlm_metrics import binary_f1, wilson_interval  # noqa: E402
+
+STAGES = ("dpo", "safety")
+_SETTINGS = {
+    "dpo": ["--own-errors", "6000", "--world-samples", "6000", "--max-steps", "100"],
+    "safety": [],
+}
+_EXAM_SEED, _TRAIN_SEED = 8, 21
+_QUESTIONS_AT_A_TIME = 500
+
+
+def newest(folder: Path) -> Path:
+    """The last checkpoint of a run."""
+    return folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+
+
+def train(stage: str, start: Path, folder: Path) -> Path:
+    """Train a stage unless it is there; return its checkpoint."""
+    if not (folder / "checkpoints" / "latest").exists():
+        command = [sys.executable, str(ROOT / "apps/train"), stage, "--init", str(start), "--out", str(folder)]
+        subprocess.run([*command, "--seed", str(_TRAIN_SEED), *_SETTINGS[stage]], check=True)
+    return newest(folder)
+
+
+def load(path: Path) -> tuple[Blip3, Processor]:
+    """A checkpoint's model with its adapters merged."""
+    loaded = open_model(path, dtype=torch.float32)
+    if not isinstance(loaded, LoadedModel):
+        sys.exit(f"{path}: expected a whole model, got a language model alone; name a checkpoint of apps/train")
+    if loaded.config.lora is not None:
+        merge_adapters(loaded.model)
+    return loaded.model.eval().requires_grad_(False), loaded.processor
+
+
+def examine(checkpoint: Path, folder: Path, num_questions: int) -> list[Prediction]:
+    """Ask all skills, one file a skill; those that are there are read."""
+    found: list[Prediction] = []
+    loaded: tuple[Blip3, Processor] | None = None
+    for skill in (*SKILLS, FORBIDDEN):
+        count = num_questions * (2 if skill == "presence" else 1)
+        path = folder / f"{skill}-{count}.jsonl"
+        if path.exists():
+            found += [msgspec.json.decode(line, type=Prediction) for line in path.read_bytes().splitlines()]
+            continue
+        model, processor = loaded = loaded or load(checkpoint)
+        items = forbidden_items(count, _EXAM_SEED) if skill == FORBIDDEN else exam_items(count, _EXAM_SEED, [skill])
+        features = FeatureCache(model, 1 << 28)
+        said: list[Prediction] = []
+        for start in range(0, count, _QUESTIONS_AT_A_TIME):
+            said += predict(
+                model,
+                processor,
+                items[start : start + _QUESTIONS_AT_A_TIME],
+                score,
+                sampling=SamplingConfig(max_new_tokens=16),
+                batch_size=256,
+                collate_prompts=features.collate,
+            )
+        write_predictions(path, said)
+        print(f"{folder.name}: {skill} {sum(p.is_correct for p in said) / count:.1%}", flush=True)
+        found += said
+    return found
+
+
+def absent_f1(predictions: Sequence[Prediction]) -> float:
+    """F1 of "no" on presence questions."""
+    said = [prediction.prediction.strip().lower() for prediction in predictions]
+    return binary_f1(said, [prediction.answer for prediction in predictions], positive="no").f1
+
+
+def mcnemar(num_gained: int, num_lost: int) -> float:
+    """Exact two-sided p of as uneven a split of the questions that changed."""
+    fewer, total = min(num_gained, num_lost), num_gained + num_lost
+    tail = sum(math.comb(total, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**total) if total else 1.0
+
+
+def compare(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[str, Any]:
+    """Skill by skill: accuracies, whether the second is below the first's interval, and the test on the pairs."""
+    later = {prediction.id: prediction for prediction in after}
+    by_skill: dict[str, list[tuple[Prediction, Prediction]]] = {}
+    for prediction in before:
+        by_skill.setdefault(prediction.group, []).append((prediction, later[prediction.id]))
+    skills: dict[str, Any] = {}
+    for skill, pairs in by_skill.items():
+        right = sum(one.is_correct for one, _ in pairs)
+        gained = sum(other.is_correct and not one.is_correct for one, other in pairs)
+        lost = sum(one.is_correct and not other.is_correct for one, other in pairs)
+        low, high = wilson_interval(right, len(pairs))
+        after_share = (right + gained - lost) / len(pairs)
+        skills[skill] = {
+            "before": right / len(pairs),
+            "low": low,
+            "high": high,
+            "after": after_share,
+            "is_below_interval": after_share < low,
+            "gained": gained,
+            "lost": lost,
+            "p": mcnemar(gained, lost),
+            "n": len(pairs),
+        }
+    presence = by_skill["presence"]
+    rng = random.Random(0)
+    drawn: list[float] = []
+    for _ in range(1000):
+        pairs = rng.choices(presence, k=len(presence))
+        drawn.append(absent_f1([other for _, other in pairs]) - absent_f1([one for one, _ in pairs]))
+    drawn.sort()
+    ends = absent_f1([one for one, _ in presence]), absent_f1([other for _, other in presence])
+    f1 = {"before": ends[0], "after": ends[1], "low_of_difference": drawn[25], "high_of_difference": drawn[974]}
+    return {"absent_f1": f1, "skills": skills}
+
+
+def post_training_row(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Attack success, wrong refusals, truthfulness and helpfulness, as in the paper's table of post-training."""
+    scores = summarise(predictions)
+    return {
+        "attack_success_private_pictures": 1 - scores.refused_private,
+        "attack_success_forbidden_instructions": 1 - scores.refused_instructions,
+        "lookalikes_refused": scores.refused_lookalikes,
+        "absent_f1": scores.absent_f1,
+        "other_skills": scores.others,
+    }
+
+
+def main() -> None:
+    """Train, examine, compare."""
+    parser = argparse.ArgumentParser(prog="study_post_training", description="What DPO and safety tuning do.")
+    parser.add_argument("start", type=Path, help="checkpoint after SFT")
+    parser.add_argument("out", type=Path, help="folder of the study")
+    parser.add_argument("--questions", type=int, default=1000, help="held-out questions a skill")
+    parser.add_argument("--json", type=Path, help="write the figures here; by default into the folder")
+    args = parser.parse_args()
+    checkpoints = {"sft": args.start}
+    for stage in STAGES:
+        checkpoints[stage] = train(stage, list(checkpoints.values())[-1], args.out / stage)
+    predictions = {name: examine(path, args.out / f"exam-{name}", args.questions) for name, path in checkpoints.items()}
+    rewards = args.out / "reward_accuracy.json"
+    if not rewards.exists():
+        command = [sys.executable, str(ROOT / "tools/reward_accuracy.py"), str(checkpoints["dpo"])]
+        command += ["--reference", str(args.start), "--world", "2000", "--own-errors", "--json", str(rewards)]
+        subprocess.run(command, check=True)
+    result = {
+        "table": {name: post_training_row(found) for name, found in predictions.items()},
+        "dpo": compare(predictions["sft"], predictions["dpo"]),
+        "safety": compare(predictions["dpo"], predictions["safety"]),
+        **json.loads(rewards.read_text()),
+    }
+    (args.json or args.out / "study.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, row in result["table"].items():
+        print(name, *(f"{column} {value:.1%}" for column, value in row.items()), sep="  ")
+    f1 = result["dpo"]["absent_f1"]
+    print(
+        f"F1 {f1['before']:.3f} → {f1['after']:.3f}, [{f1['low_of_difference']:+.3f}, {f1['high_of_difference']:+.3f}]"
+    )
+    for stage in STAGES:
+        below = [skill for skill, found in result[stage]["skills"].items() if found["is_below_interval"]]
+        print(f"below their intervals after {stage}: {', '.join(below) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
