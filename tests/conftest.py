@@ -1,5 +1,6 @@
 """Fixtures for every test: where the sample data are, and a clean, repeatable torch for each test."""
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Without a GPU, Triton runs kernels in its interpreter. It reads this at its import, which any test may cause.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
