@@ -25,6 +25,8 @@ from .dispatch import Backend, Op, apply, on_cuda_in_half_precision, once
 # for each length, 28 ms at 2, 47 ms with one bucket.
 _STRETCH = 1.25
 _SLACK = 8
+# PyTorch's flash attention holds no wider head.
+_VARLEN_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,52 @@ def _refuse_heads(
     return None
 
 
+def _packed_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    del window, scale
+    plan = _plan_of(q, cu_seqlens, plan)
+    longest = max((bucket.lengths[0] for bucket in plan.buckets), default=0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, is_causal)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _refuse_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> str | None:
+    del cu_seqlens, plan, is_causal
+    if window is not None or scale is not None:
+        return "it has neither a window nor a scale of the caller's"
+    if q.shape[1] != k.shape[1]:
+        return f"it wants as many key heads as query heads, {q.shape[1]}, got {k.shape[1]}"
+    if q.shape[0] == 0 or q.shape[2] % 8 or q.shape[2] > _VARLEN_HEAD_DIM:
+        return f"it takes heads of a multiple of 8 channels up to {_VARLEN_HEAD_DIM}, and a token at least"
+    return None if q.dtype == k.dtype == v.dtype else "q, k and v must be of one dtype"
+
+
+def _refuse_varlen_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return f"it is for bf16 and fp16 on a CUDA device, got {dtype} on {device}"
+    return None
+
+
 def _packed_attention_bucketed(
     q: Tensor,
     k: Tensor,
@@ -290,6 +338,7 @@ def _packed_attention_reference(
 PACKED_ATTENTION = Op(
     "packed_attention",
     Backend("triton", _packed_attention_triton, "Triton, no padding", on_cuda_in_half_precision, _refuse_heads),
+    Backend("varlen", _packed_attention_varlen, "PyTorch's varlen_attn", _refuse_varlen_device, _refuse_varlen),
     Backend("bucketed", _packed_attention_bucketed, "scaled_dot_product_attention over buckets of similar length"),
     Backend("reference", _packed_attention_reference, "one masked square over the pack"),
 )
