@@ -50,13 +50,19 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@functools.cache
+def _has_triton() -> bool:
+    # Kept: where it is not installed every call would search the whole path.
+    return find_spec("triton") is not None
+
+
 def on_cuda_with_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Refuse all but the dtypes of our Triton kernels, on a CUDA device of compute capability 8.0 or above."""
     if device.type != "cuda":
         return f"it needs a CUDA device, got {device}"
     if dtype not in TRITON_DTYPES:
         return f"it is written for bf16, fp16 and fp32, got {dtype}"
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if torch.cuda.is_available() and _capability(device) < _OLDEST_CAPABILITY:
         return f"it needs compute capability 8.0, got {'.'.join(map(str, _capability(device)))}"
