@@ -82,7 +82,7 @@ def widest_norms() -> None:
     """The widest rows that a program can hold."""
     from fused_kernels import norms_triton as norms
 
-    x, weight, bias = meta(64, 16384), meta(16384), meta(16384)
+    x, weight, bias = meta(64, 8192), meta(8192), meta(8192)
     backward(norms.add_rms_norm(x, x, weight, 1e-5))
     backward(norms.add_layer_norm(x, x, weight, bias, 1e-6))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import Backend, Op, apply, on_cuda_with_triton, once
 
 # A Triton program holds a whole row in registers.
-_TRITON_WIDTH = 16384
+_TRITON_WIDTH = 8192
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

@@ -110,7 +110,8 @@ def _tile(width: int) -> dict[str, int]:
     return {
         "block_rows": block_rows,
         "block_width": block_width,
-        "num_warps": num_warps(block_rows * block_width),
+        # The backward pass holds five tiles: of the widest rows too much for the registers of fewer threads.
+        "num_warps": 32 if block_width > _TILE_ELEMENTS else num_warps(block_rows * block_width),
     }
 
 
