@@ -1,6 +1,7 @@
 """Fixtures for every test: where the sample data are, and a clean, repeatable torch for each test."""
 
 import json
+import os
 import platform
 import random
 from collections.abc import Callable, Iterator
@@ -12,6 +13,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Without a GPU, Triton runs kernels in its interpreter. It reads this at its import, which any test may cause.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

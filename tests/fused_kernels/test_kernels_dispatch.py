@@ -37,8 +37,54 @@ def test_named_backend_that_cannot_run_raises_with_its_reason():
 
 
 def test_unknown_backend_raises_with_the_known_ones():
-    with pytest.raises(BackendError, match=r"rms_norm: expected one of auto, by_hand, reference, got 'triton'"):
+    with pytest.raises(BackendError, match=r"rms_norm: expected one of auto, triton, by_hand, reference, got 'no'"):
+        rms_norm(torch.ones(1, 2), torch.ones(2), 1e-6, backend="no")
+
+
+def test_call_that_a_backend_refuses_goes_to_the_next():
+    def refuse_long(x):
+        return None if len(x) < 3 else f"it holds up to 2, got {len(x)}"
+
+    op = Op(
+        "double",
+        Backend("fast", lambda x: "fast", "fast one", refuse_call=refuse_long),
+        Backend("reference", lambda x: "plain", "plain"),
+    )
+    assert op.run("auto", CPU, torch.float32, [1, 2]) == "fast"
+    assert op.run("auto", CPU, torch.float32, [1, 2, 3]) == "plain"
+    with pytest.raises(BackendError, match=r"double.*'fast': it holds up to 2, got 3; use 'auto'"):
+        op.run("fast", CPU, torch.float32, [1, 2, 3])
+
+
+def test_triton_is_what_auto_takes_on_a_gpu_and_only_there():
+    pytest.importorskip("triton")
+    for row in backend_report("cuda", torch.bfloat16):
+        assert row.backend == "triton", row
+    for row in backend_report("cuda", torch.float32):
+        assert (row.backend == "triton") != row.op.endswith("attention"), row
+    assert "triton" not in {row.backend for row in backend_report("cpu", torch.bfloat16)}
+    with pytest.raises(BackendError, match=r"rms_norm.*'triton': it needs a CUDA device, got cpu"):
         rms_norm(torch.ones(1, 2), torch.ones(2), 1e-6, backend="triton")
+
+
+def test_triton_attention_leaves_what_it_cannot_hold_to_others():
+    from fused_kernels.dense import ATTENTION
+
+    refuse = ATTENTION.backends["triton"].refuse_call
+    assert refuse is not None
+    x = torch.zeros(1, 16, 2, 128)
+    assert refuse(x, x, x, None, False, None) is None
+    assert "bidirectional" in str(refuse(x, x, x, None, True, None))
+    assert "over pairs" in str(refuse(x, x, x, torch.ones(1, 16, 16, dtype=torch.bool), False, None))
+    assert "16 queries or more, got 1" in str(refuse(x[:, :1], x, x, None, False, None))
+    wide = torch.zeros(1, 16, 2, 129)
+    assert "up to 128 channels, got 129" in str(refuse(wide, wide, wide, None, False, None))
+
+
+def test_operations_do_not_import_triton():
+    code = "import fused_kernels, sys; [getattr(fused_kernels, name) for name in fused_kernels.__all__]; "
+    code += "fused_kernels.backend_report('cuda', __import__('torch').bfloat16); assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_backend_error_is_a_value_error():

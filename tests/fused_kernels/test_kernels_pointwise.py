@@ -7,11 +7,21 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from fused_kernels import gelu_tanh, layer_norm, rms_norm, rotary_embedding, swiglu
+from fused_kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    gelu_tanh,
+    layer_norm,
+    rms_norm,
+    rotary_embedding,
+    swiglu,
+)
 
 BACKENDS = {
     rms_norm: ["by_hand", "reference"],
     layer_norm: ["torch", "reference"],
+    add_rms_norm: ["by_hand", "reference"],
+    add_layer_norm: ["torch", "reference"],
     rotary_embedding: ["by_hand", "reference"],
     swiglu: ["reference"],
     gelu_tanh: ["torch", "reference"],
@@ -28,6 +38,10 @@ def inputs(op, shape=(5, 7), dtype=torch.float64, requires_grad=True) -> Any:
         return new(*shape), new(d), 1e-5
     if op is layer_norm:
         return new(*shape), new(d), new(d), 1e-5
+    if op is add_rms_norm:
+        return new(*shape), new(*shape), new(d), 1e-5
+    if op is add_layer_norm:
+        return new(*shape), new(*shape), new(d), new(d), 1e-5
     if op is swiglu:
         return (new(*shape[:-1], 2 * d),)
     if op is gelu_tanh:
@@ -93,6 +107,16 @@ def test_rms_norm_casts_before_the_weight():
 def test_layer_norm_by_hand():
     out = layer_norm(torch.tensor([[1.0, 3.0]]), torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0]), 0.0)
     torch.testing.assert_close(out, torch.tensor([[-0.5, 2.0]]))
+
+
+def test_norm_of_a_sum_by_hand():
+    x, residual = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 1.0]])
+    total, normed = add_rms_norm(x, residual, torch.tensor([1.0, 2.0]), 0.0)
+    torch.testing.assert_close(total, torch.tensor([[3.0, 4.0]]))
+    torch.testing.assert_close(normed, torch.tensor([[3.0, 8.0]]) / math.sqrt(12.5))
+    total, normed = add_layer_norm(x, residual, torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0]), 0.0)
+    torch.testing.assert_close(total, torch.tensor([[3.0, 4.0]]))
+    torch.testing.assert_close(normed, torch.tensor([[-0.5, 2.0]]))
 
 
 def test_swiglu_gates_with_the_first_half():

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from fused_kernels import replace_rows
+
 
 def place_image_tokens(
     embeds: Float[Tensor, "t d"], image_tokens: Float[Tensor, "m d"], image_index: Int64[Tensor, " m_slots"]
@@ -33,4 +35,4 @@ def place_image_tokens(
             f"image slots: expected indices in [0, {embeds.shape[0]}), got [{int(lowest)}, {int(highest)}]; "
             "the batch was cut after its slots were counted"
         )
-    return embeds.index_copy(0, image_index, image_tokens.to(embeds.dtype))
+    return replace_rows(embeds, image_tokens.to(embeds.dtype), image_index)

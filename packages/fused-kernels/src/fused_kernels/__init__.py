@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from .activations import gelu_tanh as gelu_tanh
     from .activations import swiglu as swiglu
     from .dense import attention as attention
+    from .dense import joint_attention as joint_attention
     from .dispatch import BackendError as BackendError
     from .dispatch import BackendRow as BackendRow
     from .int_matmul import int4_matmul as int4_matmul
@@ -20,19 +21,25 @@ if TYPE_CHECKING:
     from .integers import unpack_int4 as unpack_int4
     from .linear_loss import linear_cross_entropy as linear_cross_entropy
     from .linear_loss import linear_log_probs as linear_log_probs
+    from .norms import add_layer_norm as add_layer_norm
+    from .norms import add_rms_norm as add_rms_norm
     from .norms import layer_norm as layer_norm
     from .norms import rms_norm as rms_norm
     from .packed import PackPlan as PackPlan
     from .packed import packed_attention as packed_attention
     from .packed import plan_packing as plan_packing
+    from .pixels import normalised_patches as normalised_patches
     from .report import backend_report as backend_report
     from .rotary import rotary_embedding as rotary_embedding
+    from .rows import replace_rows as replace_rows
 
 __all__ = [
     "INT4_GROUP",
     "BackendError",
     "BackendRow",
     "PackPlan",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "backend_report",
     "dequantise_int4",
@@ -41,14 +48,17 @@ __all__ = [
     "int4_block",
     "int4_matmul",
     "int8_matmul",
+    "joint_attention",
     "layer_norm",
     "linear_cross_entropy",
     "linear_log_probs",
+    "normalised_patches",
     "pack_int4",
     "packed_attention",
     "plan_packing",
     "quantise_int4",
     "quantise_int8",
+    "replace_rows",
     "rms_norm",
     "rotary_embedding",
     "swiglu",
@@ -59,6 +69,8 @@ _HOMES = {
     "BackendError": "dispatch",
     "BackendRow": "dispatch",
     "PackPlan": "packed",
+    "add_layer_norm": "norms",
+    "add_rms_norm": "norms",
     "attention": "dense",
     "backend_report": "report",
     "dequantise_int4": "integers",
@@ -67,14 +79,17 @@ _HOMES = {
     "int4_block": "integers",
     "int4_matmul": "int_matmul",
     "int8_matmul": "int_matmul",
+    "joint_attention": "dense",
     "layer_norm": "norms",
     "linear_cross_entropy": "linear_loss",
     "linear_log_probs": "linear_loss",
+    "normalised_patches": "pixels",
     "pack_int4": "integers",
     "packed_attention": "packed",
     "plan_packing": "packed",
     "quantise_int4": "integers",
     "quantise_int8": "integers",
+    "replace_rows": "rows",
     "rms_norm": "norms",
     "rotary_embedding": "rotary",
     "swiglu": "activations",

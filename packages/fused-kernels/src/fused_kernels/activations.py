@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .dispatch import Backend, Op
+from .dispatch import Backend, Op, on_cuda_with_triton
 
 
 def _swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -27,9 +27,27 @@ def _gelu_tanh_torch(x: Tensor, bias: Tensor | None) -> Tensor:
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
-SWIGLU = Op("swiglu", Backend("reference", _swiglu_reference, "plain PyTorch"))
+def _swiglu_triton(gate_up: Tensor) -> Tensor:
+    from .activations_triton import swiglu
+
+    return swiglu(gate_up)
+
+
+def _gelu_tanh_triton(x: Tensor, bias: Tensor | None) -> Tensor:
+    from .activations_triton import gelu_tanh
+
+    return gelu_tanh(x, bias)
+
+
+_TRITON_NOTE = "Triton, one pass each way"
+SWIGLU = Op(
+    "swiglu",
+    Backend("triton", _swiglu_triton, _TRITON_NOTE, on_cuda_with_triton),
+    Backend("reference", _swiglu_reference, "plain PyTorch"),
+)
 GELU_TANH = Op(
     "gelu_tanh",
+    Backend("triton", _gelu_tanh_triton, _TRITON_NOTE, on_cuda_with_triton),
     Backend("torch", _gelu_tanh_torch, "PyTorch's fused operation"),
     Backend("reference", _gelu_tanh_reference, "plain PyTorch"),
 )
@@ -47,7 +65,7 @@ def swiglu(gate_up: Float[Tensor, "... two_m"], *, backend: str = "auto") -> Flo
             f"channels of swiglu: expected an even number (gate, then up), got {gate_up.shape[-1]}; "
             "check the projection before it"
         )
-    return SWIGLU.choose(backend, gate_up.device, gate_up.dtype)(gate_up)
+    return SWIGLU.run(backend, gate_up.device, gate_up.dtype, gate_up)
 
 
 def gelu_tanh(
@@ -58,4 +76,4 @@ def gelu_tanh(
     Raises:
         BackendError: if `backend` is unknown or cannot run.
     """
-    return GELU_TANH.choose(backend, x.device, x.dtype)(x, bias)
+    return GELU_TANH.run(backend, x.device, x.dtype, x, bias)

@@ -2,11 +2,13 @@
 
 Each operation is an `Op`: a name and its backends, the preferred one first, the readable `reference` last. `auto` takes
 the first that can run the call; a backend that is named either runs or raises with the reason. Nothing is decided at
-import time, and no environment variable is read.
+import time, and no environment variable is read. Triton is imported by the first call that runs one of its kernels.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Generic, ParamSpec, TypeVar, cast
 
 import torch
@@ -39,6 +41,41 @@ def anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"it needs a floating dtype, got {dtype}"
 
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_OLDEST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    # Kept: where it is not installed every call would search the whole path.
+    return find_spec("triton") is not None
+
+
+def on_cuda_with_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Refuse all but the dtypes of our Triton kernels, on a CUDA device of compute capability 8.0 or above."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device}"
+    if dtype not in TRITON_DTYPES:
+        return f"it is written for bf16, fp16 and fp32, got {dtype}"
+    if not _has_triton():
+        return "Triton is not installed"
+    if torch.cuda.is_available() and _capability(device) < _OLDEST_CAPABILITY:
+        return f"it needs compute capability 8.0, got {'.'.join(map(str, _capability(device)))}"
+    return None
+
+
+def on_cuda_in_half_precision(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Refuse as `on_cuda_with_triton`, and fp32: matrix units would round it to tf32."""
+    if device.type == "cuda" and dtype == torch.float32:
+        return "its matrix products are for bf16 and fp16"
+    return on_cuda_with_triton(device, dtype)
+
+
 @dataclass(frozen=True)
 class Backend(Generic[P, R]):
     """One implementation of an operation."""
@@ -49,11 +86,18 @@ class Backend(Generic[P, R]):
     """What it is, in a few words, for the report."""
     refuse: Callable[[torch.device, torch.dtype], str | None] = anywhere
     """The reason why it cannot run on this device with this dtype, or None if it can."""
+    refuse_call: Callable[P, str | None] | None = None
+    """The reason why it cannot run these arguments (shapes, mixed dtypes), or None if it can; None: it runs all."""
 
 
 def apply(function: type[torch.autograd.Function], *args: object) -> Tensor:
     """Call a hand-written autograd function of one result, typed."""
     return cast(Tensor, function.apply(*args))  # pyright: ignore[reportUnknownMemberType]
+
+
+def apply_pair(function: type[torch.autograd.Function], *args: object) -> tuple[Tensor, Tensor]:
+    """Call a hand-written autograd function of two results, typed."""
+    return cast(tuple[Tensor, Tensor], function.apply(*args))  # pyright: ignore[reportUnknownMemberType]
 
 
 def once(backward: Callable[P, R]) -> Callable[P, R]:
@@ -71,28 +115,46 @@ class Op(Generic[P, R]):
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
 
-    def choose(self, backend: str, device: torch.device, dtype: torch.dtype) -> Callable[P, R]:
+    def choose(
+        self,
+        backend: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        refuse_call: Callable[[Backend[P, R]], str | None] = lambda _: None,
+    ) -> Callable[P, R]:
         """Return the implementation for `backend`, which is a name or "auto".
 
         Raises:
-            BackendError: if the named backend is unknown or refuses this device or dtype; for "auto", if all refuse.
+            BackendError: if the named backend is unknown or refuses this device, dtype or call; for "auto", if all do.
         """
         if backend == "auto":
             for candidate in self.backends.values():
-                if candidate.refuse(device, dtype) is None:
+                if candidate.refuse(device, dtype) is None and refuse_call(candidate) is None:
                     return candidate.run
             backend = "reference"
         if backend not in self.backends:
             known = ", ".join(["auto", *self.backends])
             raise BackendError(f"backend of {self.name}: expected one of {known}, got {backend!r}; choose one of these")
         named = self.backends[backend]
-        reason = named.refuse(device, dtype)
+        reason = named.refuse(device, dtype) or refuse_call(named)
         if reason is not None:
             raise BackendError(
                 f"backend of {self.name}: expected one that can run {dtype} on {device}, "
                 f"got {backend!r}: {reason}; use 'auto'"
             )
         return named.run
+
+    def run(self, backend: str, device: torch.device, dtype: torch.dtype, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the implementation that `choose` gives for these arguments.
+
+        Raises:
+            BackendError: as `choose`.
+        """
+
+        def refuse_call(candidate: Backend[P, R]) -> str | None:
+            return None if candidate.refuse_call is None else candidate.refuse_call(*args, **kwargs)
+
+        return self.choose(backend, device, dtype, refuse_call)(*args, **kwargs)
 
     def report(self, device: torch.device, dtype: torch.dtype) -> BackendRow:
         """Say what "auto" takes on this device with this dtype, and why."""

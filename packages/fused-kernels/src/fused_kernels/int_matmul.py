@@ -4,8 +4,9 @@ Weights are constants: the gradient reaches x only. Reading a byte or less a wei
 makes decoding faster; it is bound by memory.
 
 PyTorch's own CPU operations are fast for few rows and bf16 only: they convert to fp32 in registers there, while other
-dtypes run through scalar code and many rows cost as much as each of them alone. Everything else therefore turns a slab
-of the matrix at a time into floating point, so that the slab stays in the cache, and multiplies with that.
+dtypes run through scalar code and many rows cost as much as each of them alone. On a GPU a Triton kernel does the same
+for few rows. Everything else turns a slab of the matrix at a time into floating point, so that the slab stays in the
+cache, and multiplies with that.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
-from .dispatch import Backend, Op, apply, once
+from .dispatch import Backend, Op, apply, on_cuda_with_triton, once
 from .integers import INT4_GROUP, dequantise_int4, dequantise_int8, torch_int4_block, unpack_int4
 
 # Weights that are floating point at a time: 1 MiB of fp32, about what a core's own cache holds.
@@ -120,6 +121,12 @@ def _int8_torch(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, scales)
 
 
+def _int8_triton(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    from .int_matmul_triton import MOST_ROWS, int8_matmul
+
+    return (_int8_by_slab if x.shape[0] > MOST_ROWS else int8_matmul)(x, codes, scales)
+
+
 def _int8_reference(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.linear(x.to(wide), dequantise_int8(codes, scales.to(wide))).to(x.dtype)
@@ -135,6 +142,12 @@ def _int4_torch(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     # The operation wants the bytes as a matrix with a row for each row of the weight.
     rows = packed.view(scales.shape[1], -1)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), rows, INT4_GROUP, scales)
+
+
+def _int4_triton(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    from .int_matmul_triton import MOST_ROWS, int4_matmul
+
+    return (_int4_by_slab if x.shape[0] > MOST_ROWS else int4_matmul)(x, packed, scales)
 
 
 def _int4_reference(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
@@ -167,16 +180,19 @@ def _differentiable(multiply: Multiply, slabs: Slabs) -> Multiply:
 
 
 _TORCH_NOTE = f"PyTorch's CPU operation up to {_MOST_ROWS} rows of x, slabs above"
+_TRITON_NOTE = "Triton kernel for few rows of x, slabs above"
 _SLAB_NOTE = "a slab of the weight in floating point at a time"
 INT8_MATMUL = Op(
     "int8_matmul",
     Backend("torch", _differentiable(_int8_torch, _int8_slabs), _TORCH_NOTE, _refuse_torch_int8),
+    Backend("triton", _differentiable(_int8_triton, _int8_slabs), _TRITON_NOTE, on_cuda_with_triton),
     Backend("by_slab", _differentiable(_int8_by_slab, _int8_slabs), _SLAB_NOTE),
     Backend("reference", _int8_reference, "all weights in floating point at once"),
 )
 INT4_MATMUL = Op(
     "int4_matmul",
     Backend("torch", _differentiable(_int4_torch, _int4_slabs), _TORCH_NOTE, _refuse_torch_int4),
+    Backend("triton", _differentiable(_int4_triton, _int4_slabs), _TRITON_NOTE, on_cuda_with_triton),
     Backend("by_slab", _differentiable(_int4_by_slab, _int4_slabs), _SLAB_NOTE),
     Backend("reference", _int4_reference, "all weights in floating point at once"),
 )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .dispatch import Backend, Op, apply, once
+from .dispatch import Backend, Op, apply, on_cuda_with_triton, once
 
 # Logits held at a time: 16 MiB of fp32.
 _CHUNK_ELEMENTS = 1 << 22
@@ -159,13 +159,52 @@ def _rows_at_a_time(weight: Tensor, chunk_rows: int | None) -> int:
     return max(1, _CHUNK_ELEMENTS // weight.shape[0]) if chunk_rows is None else chunk_rows
 
 
-def _log_probs_chunked(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_rows: int | None
+_Function = type[torch.autograd.Function]
+
+
+def _log_probs(
+    function: _Function,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    chunk_rows: int | None,
 ) -> Tensor:
     hidden, weight, bias = _same_dtype(hidden, weight, bias)
     rows, x, targets = _targets(hidden, weight, labels, ignore_index)
-    found = apply(_LogProbs, x, weight, bias, targets, _rows_at_a_time(weight, chunk_rows))
+    found = apply(function, x, weight, bias, targets, chunk_rows)
     return found.new_zeros(labels.shape).index_copy(0, rows, found)
+
+
+def _summed(
+    function: _Function,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    chunk_rows: int | None,
+) -> Tensor:
+    hidden, weight, bias = _same_dtype(hidden, weight, bias)
+    _, x, targets = _targets(hidden, weight, labels, ignore_index)
+    total = apply(function, x, weight, bias, targets, chunk_rows, torch.is_grad_enabled())
+    return total / max(1, targets.shape[0]) if reduction == "mean" else total
+
+
+def _log_probs_chunked(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_rows: int | None
+) -> Tensor:
+    return _log_probs(_LogProbs, hidden, weight, labels, bias, ignore_index, _rows_at_a_time(weight, chunk_rows))
+
+
+def _log_probs_triton(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_rows: int | None
+) -> Tensor:
+    from .linear_loss_triton import LogProbs
+
+    return _log_probs(LogProbs, hidden, weight, labels, bias, ignore_index, chunk_rows)
 
 
 def _cross_entropy_chunked(
@@ -179,11 +218,24 @@ def _cross_entropy_chunked(
 ) -> Tensor:
     if reduction == "none":
         return -_log_probs_chunked(hidden, weight, labels, bias, ignore_index, chunk_rows)
-    hidden, weight, bias = _same_dtype(hidden, weight, bias)
-    _, x, targets = _targets(hidden, weight, labels, ignore_index)
-    rows_at_a_time, is_training = _rows_at_a_time(weight, chunk_rows), torch.is_grad_enabled()
-    total = apply(_SumOfNegativeLogProbs, x, weight, bias, targets, rows_at_a_time, is_training)
-    return total / max(1, targets.shape[0]) if reduction == "mean" else total
+    rows = _rows_at_a_time(weight, chunk_rows)
+    return _summed(_SumOfNegativeLogProbs, hidden, weight, labels, bias, ignore_index, reduction, rows)
+
+
+def _cross_entropy_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    chunk_rows: int | None,
+) -> Tensor:
+    if reduction == "none":
+        return -_log_probs_triton(hidden, weight, labels, bias, ignore_index, chunk_rows)
+    from .linear_loss_triton import SumOfNegativeLogProbs
+
+    return _summed(SumOfNegativeLogProbs, hidden, weight, labels, bias, ignore_index, reduction, chunk_rows)
 
 
 def _log_probs_reference(
@@ -215,13 +267,16 @@ def _cross_entropy_reference(
     return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total
 
 
+_TRITON_NOTE = "target rows in chunks, softmax and gradient of a chunk in one Triton kernel"
 LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy",
+    Backend("triton", _cross_entropy_triton, _TRITON_NOTE, on_cuda_with_triton),
     Backend("chunked", _cross_entropy_chunked, "target rows in chunks, gradients with the loss"),
     Backend("reference", _cross_entropy_reference, "all logits at once"),
 )
 LINEAR_LOG_PROBS = Op(
     "linear_log_probs",
+    Backend("triton", _log_probs_triton, _TRITON_NOTE, on_cuda_with_triton),
     Backend("chunked", _log_probs_chunked, "target rows in chunks, logits again in backward"),
     Backend("reference", _log_probs_reference, "all logits at once"),
 )
@@ -242,8 +297,8 @@ def linear_cross_entropy(
 
     Rows labelled ignore_index cost nothing and get zero gradient. "mean" is over the target rows. Without any target
     the loss is 0 and so are the gradients. Logits are in hidden's dtype; the softmax, the loss and the sums over chunks
-    are in fp32 (fp64 for fp64 input). chunk_rows: target rows at a time; None bounds the logits held to 4 Mi elements,
-    but for a single row. Differentiable once.
+    are in fp32 (fp64 for fp64 input). chunk_rows: target rows at a time; None bounds the logits held to 4 Mi elements
+    (16 or 128 Mi with Triton), but for a single row. Differentiable once.
 
     Raises:
         ValueError: if a label is neither ignore_index nor a row of weight, the reduction is unknown, or chunk_rows is

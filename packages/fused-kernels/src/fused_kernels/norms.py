@@ -1,4 +1,7 @@
-"""RMSNorm (arXiv:1910.07467) and LayerNorm (arXiv:1607.06450) over the last axis, statistics in fp32."""
+"""RMSNorm (arXiv:1910.07467) and LayerNorm (arXiv:1607.06450) over the last axis, statistics in fp32.
+
+Each also as one operation with the addition before it, since a block of a transformer adds, then normalises.
+"""
 
 from typing import Any
 
@@ -7,7 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .dispatch import Backend, Op, apply, once
+from .dispatch import Backend, Op, apply, on_cuda_with_triton, once
+
+# A Triton program holds a whole row in registers.
+_TRITON_WIDTH = 8192
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -62,15 +68,95 @@ def _rms_norm_by_hand(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return apply(_RmsNorm, x, weight, eps)
 
 
+def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from .norms_triton import rms_norm
+
+    return rms_norm(x, weight, eps)
+
+
+def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    from .norms_triton import layer_norm
+
+    return layer_norm(x, weight, bias, eps)
+
+
+def _add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return total, _rms_norm_reference(total, weight, eps)
+
+
+def _add_rms_norm_by_hand(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return total, _rms_norm_by_hand(total, weight, eps)
+
+
+def _add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from .norms_triton import add_rms_norm
+
+    return add_rms_norm(x, residual, weight, eps)
+
+
+def _add_layer_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return total, _layer_norm_reference(total, weight, bias, eps)
+
+
+def _add_layer_norm_torch(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return total, _layer_norm_torch(total, weight, bias, eps)
+
+
+def _add_layer_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    from .norms_triton import add_layer_norm
+
+    return add_layer_norm(x, residual, weight, bias, eps)
+
+
+def _refuse_width(x: Tensor) -> str | None:
+    width = x.shape[-1]
+    return None if 0 < width <= _TRITON_WIDTH else f"it holds rows of 1 to {_TRITON_WIDTH} numbers, got {width}"
+
+
+def _refuse_norm(x: Tensor, *_: object) -> str | None:
+    return _refuse_width(x)
+
+
+def _refuse_sum(x: Tensor, residual: Tensor, *_: object) -> str | None:
+    if residual.dtype != x.dtype:
+        return f"x and residual must be of one dtype, got {x.dtype} and {residual.dtype}"
+    return _refuse_width(x)
+
+
+_TRITON_NOTE = "Triton, one pass each way"
 RMS_NORM = Op(
     "rms_norm",
+    Backend("triton", _rms_norm_triton, _TRITON_NOTE, on_cuda_with_triton, _refuse_norm),
     Backend("by_hand", _rms_norm_by_hand, "backward pass by hand"),
     Backend("reference", _rms_norm_reference, "plain PyTorch"),
 )
 LAYER_NORM = Op(
     "layer_norm",
+    Backend("triton", _layer_norm_triton, _TRITON_NOTE, on_cuda_with_triton, _refuse_norm),
     Backend("torch", _layer_norm_torch, "PyTorch's fused operation"),
     Backend("reference", _layer_norm_reference, "plain PyTorch"),
+)
+ADD_RMS_NORM = Op(
+    "add_rms_norm",
+    Backend("triton", _add_rms_norm_triton, _TRITON_NOTE, on_cuda_with_triton, _refuse_sum),
+    Backend("by_hand", _add_rms_norm_by_hand, "a sum, then a backward pass by hand"),
+    Backend("reference", _add_rms_norm_reference, "plain PyTorch"),
+)
+ADD_LAYER_NORM = Op(
+    "add_layer_norm",
+    Backend("triton", _add_layer_norm_triton, _TRITON_NOTE, on_cuda_with_triton, _refuse_sum),
+    Backend("torch", _add_layer_norm_torch, "a sum, then PyTorch's fused operation"),
+    Backend("reference", _add_layer_norm_reference, "plain PyTorch"),
 )
 
 
@@ -85,7 +171,7 @@ def rms_norm(
     Raises:
         BackendError: if `backend` is unknown or cannot run.
     """
-    return RMS_NORM.choose(backend, x.device, x.dtype)(x, weight, eps)
+    return RMS_NORM.run(backend, x.device, x.dtype, x, weight, eps)
 
 
 def layer_norm(
@@ -103,4 +189,37 @@ def layer_norm(
     Raises:
         BackendError: if `backend` is unknown or cannot run.
     """
-    return LAYER_NORM.choose(backend, x.device, x.dtype)(x, weight, bias, eps)
+    return LAYER_NORM.run(backend, x.device, x.dtype, x, weight, bias, eps)
+
+
+def add_rms_norm(
+    x: Float[Tensor, "*shape d"],
+    residual: Float[Tensor, "*shape d"],
+    weight: Float[Tensor, " d"],
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "*shape d"], Float[Tensor, "*shape d"]]:
+    """Return residual + x, and `rms_norm` of that sum.
+
+    Raises:
+        BackendError: if `backend` is unknown or cannot run.
+    """
+    return ADD_RMS_NORM.run(backend, x.device, x.dtype, x, residual, weight, eps)
+
+
+def add_layer_norm(
+    x: Float[Tensor, "*shape d"],
+    residual: Float[Tensor, "*shape d"],
+    weight: Float[Tensor, " d"],
+    bias: Float[Tensor, " d"],
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "*shape d"], Float[Tensor, "*shape d"]]:
+    """Return residual + x, and `layer_norm` of that sum.
+
+    Raises:
+        BackendError: if `backend` is unknown or cannot run.
+    """
+    return ADD_LAYER_NORM.run(backend, x.device, x.dtype, x, residual, weight, bias, eps)

@@ -17,14 +17,16 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from .dense import check_groups, sdpa
-from .dispatch import Backend, Op, apply, once
+from .dense import MAX_TRITON_HEAD_DIM, check_groups, sdpa
+from .dispatch import Backend, Op, apply, on_cuda_in_half_precision, once
 
 # A document may stand in a bucket at most this many times as long as itself, plus the slack.
 # 24 documents of 40 to 160 tokens, forward and backward, one CPU thread: 22 ms from 1.1 to 1.25, 26 ms with a bucket
 # for each length, 28 ms at 2, 47 ms with one bucket.
 _STRETCH = 1.25
 _SLACK = 8
+# PyTorch's flash attention holds no wider head.
+_VARLEN_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Bucket:
 class PackPlan:
     """Where each token of a pack stands in the padded buckets; a function of the document lengths alone."""
 
-    num_tokens: int
+    boundaries: tuple[int, ...]
+    """0, end of the first document, …, t."""
+    device: torch.device
     buckets: tuple[Bucket, ...]
     rows: Tensor | None
     """int64[slots]: the token in each slot, padding repeating its document's last; None if tokens stand in order."""
@@ -57,6 +61,26 @@ class PackPlan:
     """int64[t]: the slot of each token."""
     padding: Tensor | None
     """int64[...]: the slots that hold no token of their own."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents."""
+        return self.boundaries[-1]
+
+    @functools.cached_property
+    def bounds(self) -> Tensor:
+        """int32[t]: for each token the first of its document."""
+        return self._for_each_token(self.boundaries[:-1])
+
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """int32[t]: for each token the end of its document."""
+        return self._for_each_token(self.boundaries[1:])
+
+    def _for_each_token(self, of_documents: tuple[int, ...]) -> Tensor:
+        with torch.inference_mode(False):
+            lengths = torch.tensor(self.boundaries).diff()
+            return torch.tensor(of_documents, dtype=torch.int32).repeat_interleave(lengths).to(self.device)
 
     @property
     def num_slots(self) -> int:
@@ -94,11 +118,11 @@ def _plan(boundaries: tuple[int, ...], device: torch.device) -> PackPlan:
     buckets = tuple(Bucket(tuple(end - start for start, end in group)) for group in groups)
     # A plan may be made while evaluating and used while training: its tensors must not be inference tensors.
     with torch.inference_mode(False):
-        return _index(boundaries[-1], buckets, groups, device)
+        return _index(boundaries, buckets, groups, device)
 
 
 def _index(
-    num_tokens: int, buckets: tuple[Bucket, ...], groups: list[list[tuple[int, int]]], device: torch.device
+    boundaries: tuple[int, ...], buckets: tuple[Bucket, ...], groups: list[list[tuple[int, int]]], device: torch.device
 ) -> PackPlan:
     rows: list[Tensor] = []
     is_token: list[Tensor] = []
@@ -108,14 +132,14 @@ def _index(
         rows.append(torch.minimum(positions, spans[:, 1:] - 1).flatten())
         is_token.append((positions < spans[:, 1:]).flatten())
     flat_rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-    if torch.equal(flat_rows, torch.arange(num_tokens)):
-        return PackPlan(num_tokens, buckets, None, None, None)
+    if torch.equal(flat_rows, torch.arange(boundaries[-1])):
+        return PackPlan(boundaries, device, buckets, None, None, None)
     flat_is_token = torch.cat(is_token)
     token_slots = flat_is_token.nonzero().squeeze(1)
-    slots = torch.empty(num_tokens, dtype=torch.int64)
+    slots = torch.empty(boundaries[-1], dtype=torch.int64)
     slots[flat_rows[token_slots]] = token_slots
     padding = (~flat_is_token).nonzero().squeeze(1)
-    return PackPlan(num_tokens, buckets, flat_rows.to(device), slots.to(device), padding.to(device))
+    return PackPlan(boundaries, device, buckets, flat_rows.to(device), slots.to(device), padding.to(device))
 
 
 class _ToSlots(torch.autograd.Function):
@@ -165,6 +189,96 @@ def _bucket_mask(bucket: Bucket, is_causal: bool, window: int | None, device: to
     return is_token[:, None, None, :].expand(num_docs, 1, length, length)
 
 
+def _plan_of(q: Tensor, cu_seqlens: Tensor, plan: PackPlan | None) -> PackPlan:
+    plan = plan_packing(cu_seqlens) if plan is None else plan
+    if plan.num_tokens != q.shape[0]:
+        raise ValueError(
+            f"tokens of packed_attention: expected {plan.num_tokens}, the last boundary, got {q.shape[0]}; "
+            "give the boundaries of this pack"
+        )
+    return plan
+
+
+def _packed_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    from .packed_triton import packed_attention
+
+    plan = _plan_of(q, cu_seqlens, plan)
+    return packed_attention(q, k, v, plan.bounds, plan.ends, is_causal=is_causal, window=window, scale=scale)
+
+
+def _refuse_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> str | None:
+    del cu_seqlens, plan, is_causal, window, scale
+    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"it holds heads of up to {MAX_TRITON_HEAD_DIM} channels, got {q.shape[-1]}"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v must be of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+    return None
+
+
+def _packed_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    del window, scale
+    plan = _plan_of(q, cu_seqlens, plan)
+    longest = max((bucket.lengths[0] for bucket in plan.buckets), default=0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, is_causal)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _refuse_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> str | None:
+    del cu_seqlens, plan, is_causal
+    if window is not None or scale is not None:
+        return "it has neither a window nor a scale of the caller's"
+    if q.shape[1] != k.shape[1]:
+        return f"it wants as many key heads as query heads, {q.shape[1]}, got {k.shape[1]}"
+    if q.shape[0] == 0 or q.shape[2] % 8 or q.shape[2] > _VARLEN_HEAD_DIM:
+        return f"it takes heads of a multiple of 8 channels up to {_VARLEN_HEAD_DIM}, and a token at least"
+    return None if q.dtype == k.dtype == v.dtype else "q, k and v must be of one dtype"
+
+
+def _refuse_varlen_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return f"it is for bf16 and fp16 on a CUDA device, got {dtype} on {device}"
+    return None
+
+
 def _packed_attention_bucketed(
     q: Tensor,
     k: Tensor,
@@ -175,12 +289,7 @@ def _packed_attention_bucketed(
     window: int | None,
     scale: float | None,
 ) -> Tensor:
-    plan = plan_packing(cu_seqlens) if plan is None else plan
-    if plan.num_tokens != q.shape[0]:
-        raise ValueError(
-            f"tokens of packed_attention: expected {plan.num_tokens}, the last boundary, got {q.shape[0]}; "
-            "give the boundaries of this pack"
-        )
+    plan = _plan_of(q, cu_seqlens, plan)
     if plan.rows is not None:
         q, k, v = (apply(_ToSlots, x, plan) for x in (q, k, v))
     sizes = [bucket.num_slots for bucket in plan.buckets]
@@ -228,6 +337,8 @@ def _packed_attention_reference(
 
 PACKED_ATTENTION = Op(
     "packed_attention",
+    Backend("triton", _packed_attention_triton, "Triton, no padding", on_cuda_in_half_precision, _refuse_heads),
+    Backend("varlen", _packed_attention_varlen, "PyTorch's varlen_attn", _refuse_varlen_device, _refuse_varlen),
     Backend("bucketed", _packed_attention_bucketed, "scaled_dot_product_attention over buckets of similar length"),
     Backend("reference", _packed_attention_reference, "one masked square over the pack"),
 )
@@ -269,4 +380,4 @@ def packed_attention(
             f"window of packed_attention: expected at least 1 and is_causal, got {window} and is_causal={is_causal}; "
             "use window=None for no window"
         )
-    return PACKED_ATTENTION.choose(backend, q.device, q.dtype)(q, k, v, cu_seqlens, plan, is_causal, window, scale)
+    return PACKED_ATTENTION.run(backend, q.device, q.dtype, q, k, v, cu_seqlens, plan, is_causal, window, scale)

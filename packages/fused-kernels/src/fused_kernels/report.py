@@ -2,19 +2,24 @@
 
 import torch
 
-from . import activations, dense, int_matmul, linear_loss, norms, packed, rotary
+from . import activations, dense, int_matmul, linear_loss, norms, packed, pixels, rotary, rows
 from .dispatch import BackendRow
 
 _OPS = (
     norms.RMS_NORM,
     norms.LAYER_NORM,
+    norms.ADD_RMS_NORM,
+    norms.ADD_LAYER_NORM,
     rotary.ROTARY_EMBEDDING,
     activations.SWIGLU,
     activations.GELU_TANH,
     dense.ATTENTION,
+    dense.JOINT_ATTENTION,
     packed.PACKED_ATTENTION,
     linear_loss.LINEAR_CROSS_ENTROPY,
     linear_loss.LINEAR_LOG_PROBS,
+    rows.REPLACE_ROWS,
+    pixels.NORMALISED_PATCHES,
     int_matmul.INT8_MATMUL,
     int_matmul.INT4_MATMUL,
 )
@@ -23,6 +28,6 @@ _OPS = (
 def backend_report(device: torch.device | str, dtype: torch.dtype) -> list[BackendRow]:
     """Return one row an operation: what `backend="auto"` takes for tensors of this device and dtype, and why.
 
-    Pure: it asks each backend's own rule and touches no device.
+    It asks each backend's own rule and runs nothing.
     """
     return [op.report(torch.device(device), dtype) for op in _OPS]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .dispatch import Backend, Op, apply, once
+from .dispatch import Backend, Op, apply, on_cuda_with_triton, once
 
 
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -52,8 +52,21 @@ def _rotary_embedding_by_hand(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) ->
     return apply(_Rotation, q, cos, sin), apply(_Rotation, k, cos, sin)
 
 
+def _rotary_embedding_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    from .rotary_triton import rotary_embedding
+
+    return rotary_embedding(q, k, cos, sin)
+
+
+def _refuse_two_dtypes(q: Tensor, k: Tensor, *_: object) -> str | None:
+    return None if q.dtype == k.dtype else f"q and k must be of one dtype, got {q.dtype} and {k.dtype}"
+
+
 ROTARY_EMBEDDING = Op(
     "rotary_embedding",
+    Backend(
+        "triton", _rotary_embedding_triton, "Triton, q and k in one launch", on_cuda_with_triton, _refuse_two_dtypes
+    ),
     Backend("by_hand", _rotary_embedding_by_hand, "backward pass by hand"),
     Backend("reference", _rotary_embedding_reference, "plain PyTorch"),
 )
@@ -86,4 +99,4 @@ def rotary_embedding(
             f"angles of rotary_embedding: expected at most {q.shape[-1] // 2} for heads of {q.shape[-1]} channels, "
             f"got {cos.shape[-1]}; give cos and sin for half of the channels"
         )
-    return ROTARY_EMBEDDING.choose(backend, q.device, q.dtype)(q, k, cos, sin)
+    return ROTARY_EMBEDDING.run(backend, q.device, q.dtype, q, k, cos, sin)

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fused_kernels import attention, packed_attention, plan_packing, rms_norm, rotary_embedding, swiglu
+from fused_kernels import (
+    add_rms_norm,
+    attention,
+    packed_attention,
+    plan_packing,
+    rms_norm,
+    rotary_embedding,
+    swiglu,
+)
 
 from .cache import KVCache
 from .config import Phi3Config
@@ -80,6 +88,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Normalise the last axis."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class RMSNormOfSum(RMSNorm):
+    """The sum of a residual and what is added to it, and the norm of that sum: one pass over memory where it can be."""
+
+    def forward(
+        self, x: Float[Tensor, "*shape d"], residual: Float[Tensor, "*shape d"]
+    ) -> tuple[Float[Tensor, "*shape d"], Float[Tensor, "*shape d"]]:
+        """Return the new residual, and it normalised over the last axis."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Projection(nn.Linear):
@@ -149,7 +167,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(cfg)
         self.mlp = GatedMLP(cfg)
         self.input_layernorm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.post_attention_layernorm = RMSNormOfSum(cfg.width, cfg.norm_eps)
 
     def forward(
         self,
@@ -159,8 +177,9 @@ class DecoderLayer(nn.Module):
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Float[Tensor, "t d"]:
         """Return the new residual."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        x, normed = self.post_attention_layernorm(mixed, x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

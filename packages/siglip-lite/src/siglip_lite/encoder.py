@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_kernels import attention, gelu_tanh, layer_norm
+from fused_kernels import add_layer_norm, attention, gelu_tanh, layer_norm
 
 
 class LayerNorm(nn.LayerNorm):
@@ -21,6 +21,16 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Normalise the last axis."""
         return layer_norm(input, self.weight, self.bias, self.eps)
+
+
+class LayerNormOfSum(LayerNorm):
+    """The sum of a residual and what is added to it, and the norm of that sum: one pass over memory where it can be."""
+
+    def forward(
+        self, input: Float[Tensor, "*shape d"], residual: Float[Tensor, "*shape d"]
+    ) -> tuple[Float[Tensor, "*shape d"], Float[Tensor, "*shape d"]]:
+        """Return the new residual, and it normalised over the last axis."""
+        return add_layer_norm(input, residual, self.weight, self.bias, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -64,13 +74,13 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.layer_norm1 = LayerNorm(width, eps=layer_norm_eps)
         self.self_attn = SelfAttention(width, num_heads)
-        self.layer_norm2 = LayerNorm(width, eps=layer_norm_eps)
+        self.layer_norm2 = LayerNormOfSum(width, eps=layer_norm_eps)
         self.mlp = Mlp(width, mlp_width)
 
     def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
         """Apply the block."""
-        x = x + self.self_attn(self.layer_norm1(x), mask)
-        return x + self.mlp(self.layer_norm2(x))
+        x, normed = self.layer_norm2(self.self_attn(self.layer_norm1(x), mask), x)
+        return x + self.mlp(normed)
 
 
 class Encoder(nn.Module):
