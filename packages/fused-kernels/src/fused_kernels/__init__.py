@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .integers import unpack_int4 as unpack_int4
     from .linear_loss import linear_cross_entropy as linear_cross_entropy
     from .linear_loss import linear_log_probs as linear_log_probs
+    from .linear_product import linear as linear
     from .norms import layer_norm as layer_norm
     from .norms import rms_norm as rms_norm
     from .packed import PackPlan as PackPlan
@@ -42,6 +43,7 @@ __all__ = [
     "int4_matmul",
     "int8_matmul",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_log_probs",
     "pack_int4",
@@ -68,6 +70,7 @@ _HOMES = {
     "int4_matmul": "int_matmul",
     "int8_matmul": "int_matmul",
     "layer_norm": "norms",
+    "linear": "linear_product",
     "linear_cross_entropy": "linear_loss",
     "linear_log_probs": "linear_loss",
     "pack_int4": "integers",

@@ -49,6 +49,8 @@ class _Rotation(torch.autograd.Function):
 
 def _rotary_embedding_by_hand(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if not torch.is_grad_enabled():
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
     return apply(_Rotation, q, cos, sin), apply(_Rotation, k, cos, sin)
 
 

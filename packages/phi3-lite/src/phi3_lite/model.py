@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fused_kernels import attention, packed_attention, plan_packing, rms_norm, rotary_embedding, swiglu
+from fused_kernels import attention, linear, packed_attention, plan_packing, rms_norm, rotary_embedding, swiglu
 
 from .cache import KVCache
 from .config import Phi3Config
@@ -90,6 +90,10 @@ class Projection(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
+
+    def forward(self, input: Float[Tensor, "... d"]) -> Float[Tensor, "... n"]:
+        """Multiply with the matrix."""
+        return linear(input, self.weight)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -343,11 +347,11 @@ class Phi3(nn.Module):
             mask = seen <= positions[:, None]
             if window is not None:
                 mask &= seen > positions[:, None] - window
-        rows = torch.arange(cache.batch, device=inputs.device)
-        cache.keep_inputs(rows, positions, inputs)
+        if cache.keeps_inputs:
+            cache.keep_inputs(torch.arange(cache.batch, device=inputs.device), positions, inputs)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.write(layer, rows, positions, k, v)
+            cache.append(layer, k, v)
             keys, values = cache.read(layer, first, end)
             return attention(q[:, None], keys, values, mask=mask)[:, 0]
 

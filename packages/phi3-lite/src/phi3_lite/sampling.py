@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
+from .cache import KVCache
 from .config import SamplingConfig
 from .model import Phi3
 
@@ -66,6 +67,7 @@ def generate(
     *,
     prompt_ids: Sequence[Sequence[int]] = (),
     ends: Callable[[Int[Tensor, " b"]], Bool[Tensor, " b"]] | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[GenerationStep]:
     """Continue a ragged batch of prompts, one step at a time, until every row has ended.
 
@@ -77,7 +79,8 @@ def generate(
 
     A repetition penalty counts each row's `prompt_ids` and what was generated; ids that stand for no text (image slots)
     do not belong there, and without any only what was generated counts. `ends` is asked with each step's tokens, before
-    they are given out, which rows are to end with them (True), such as `StopTexts`.
+    they are given out, which rows are to end with them (True), such as `StopTexts`. `cache` holds what stands before each
+    prompt; it is written on, and then holds all of a row but the last token given out.
 
     Raises:
         ValueError: prompts and bounds do not fit, a prompt is empty, the stop ids are neither shared nor one sequence a
@@ -88,7 +91,7 @@ def generate(
     seen = None
     if sampling.repetition_penalty != 1:
         seen = _seen_table(prompt_ids, batch, model.cfg.vocab_size).to(device)
-    cache = model.new_cache(batch)
+    cache = model.new_cache(batch) if cache is None else cache
     hidden = model.prefill(inputs, cu_seqlens, cache)
     # rows[j] is the caller's row that stands at place j of the cache
     rows = torch.arange(batch, device=device)
