@@ -229,13 +229,10 @@ class TheirJoined(nn.Module):
         super().__init__()
         idefics2 = peer("transformers.models.idefics2.modeling_idefics2")
         cfg = ours.cfg.connector
-        config = peer("transformers").Idefics2Config(
-            perceiver_config={
-                "hidden_size": cfg.dim, "resampler_n_latents": cfg.num_latents, "resampler_depth": cfg.depth,
-                "resampler_n_heads": cfg.num_heads, "resampler_head_dim": cfg.head_dim,
-                "num_key_value_heads": cfg.num_heads,
-            }
-        ).perceiver_config  # fmt: skip
+        config = peer("transformers.models.idefics2.configuration_idefics2").Idefics2PerceiverConfig(
+            hidden_size=cfg.dim, resampler_n_latents=cfg.num_latents, resampler_depth=cfg.depth,
+            resampler_n_heads=cfg.num_heads, resampler_head_dim=cfg.head_dim, num_key_value_heads=cfg.num_heads,
+        )  # fmt: skip
         config._attn_implementation = "sdpa"
         self.tower = their_tower(ours.vision_encoder).requires_grad_(False)
         self.connector = idefics2.Idefics2PerceiverResampler(config)

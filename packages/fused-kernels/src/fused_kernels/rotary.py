@@ -28,7 +28,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty_like(wide, memory_format=torch.contiguous_format)
     torch.mul(first, cos, out=out[..., :r]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., r : 2 * r]).addcmul_(first, sin)
-    out[..., 2 * r :] = wide[..., 2 * r :]
+    if 2 * r < x.shape[-1]:
+        out[..., 2 * r :] = wide[..., 2 * r :]
     return out.to(x.dtype)
 
 

@@ -96,6 +96,7 @@ def generate(
     # rows[j] is the caller's row that stands at place j of the cache
     rows = torch.arange(batch, device=device)
     is_finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    num_live = batch
     for index in range(sampling.max_new_tokens):
         uniform = None
         if sampling.temperature > 0:
@@ -106,21 +107,24 @@ def generate(
         if seen is not None:
             logits = penalise_repeats(logits, seen[rows], sampling.repetition_penalty)
         chosen = choose_tokens(logits, sampling, uniform)
-        tokens = torch.full((batch,), FINISHED, dtype=torch.int64, device=device)
-        tokens[rows] = chosen
-        tokens[is_finished] = FINISHED
-        is_finished = is_finished | (tokens[:, None] == stops).any(dim=1) & (tokens != FINISHED)
+        if num_live == batch:
+            tokens = chosen
+            is_finished = (tokens[:, None] == stops).any(dim=1)
+        else:
+            tokens = torch.full((batch,), FINISHED, dtype=torch.int64, device=device)
+            tokens[rows] = chosen
+            tokens[is_finished] = FINISHED
+            is_finished = is_finished | (tokens[:, None] == stops).any(dim=1) & (tokens != FINISHED)
         if ends is not None:
             is_finished = is_finished | ends(tokens).to(device)
         if seen is not None:
             seen[rows, chosen] = True
         yield GenerationStep(tokens, is_finished)
-        is_live = ~is_finished[rows]
-        num_live = int(is_live.sum())
+        num_live = batch - int(is_finished.sum())
         if num_live == 0 or index + 1 == sampling.max_new_tokens:
             return
         if num_live <= (1 - _COMPACT_SHARE) * len(rows):
-            kept = is_live.nonzero()[:, 0]
+            kept = (~is_finished[rows]).nonzero()[:, 0]
             cache.select(kept)
             rows, chosen = rows[kept], chosen[kept]
         hidden = model.step(model.embed(chosen), cache)
