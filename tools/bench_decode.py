@@ -99,19 +99,23 @@ def decode_pairs() -> Iterator[Pair]:
     yield decode_pair("LM decode fp32, 8 ragged prompts of 12 to 64, 32 out", small, torch.float32, _RAGGED, 32)
 
 
+_ANSWER = SamplingConfig(max_new_tokens=30)
+_ONE = SamplingConfig(max_new_tokens=1)
+
+
 def conversation(model: Blip3, num_tiles: int) -> tuple[EncodedSample, EncodedSample]:
-    """A first and a second turn about one picture: 40 tokens of text behind it, then 30 of an answer, 20 of a turn."""
+    """A first turn about a picture with 40 tokens of text, and a second of 20 behind the answer's 30."""
     cfg, generator = model.cfg, torch.Generator().manual_seed(5)
     num_image, side = num_tiles * cfg.connector.num_latents, cfg.tiling.tile_px
-    ids = torch.randint(3, cfg.lm.vocab_size, (num_image + 90,), generator=generator)
+    ids = torch.randint(3, cfg.lm.vocab_size, (num_image + 40,), generator=generator)
     tiles = torch.randint(0, 256, (num_tiles, 3, side, side), generator=generator, dtype=torch.uint8)
 
-    def turn(length: int) -> EncodedSample:
+    def turn(ids: Tensor) -> EncodedSample:
         return EncodedSample(
             id="turn",
             source="bench",
-            ids=ids[:length],
-            targets=torch.full((length,), -100),
+            ids=ids,
+            targets=torch.full_like(ids, -100),
             image_index=torch.arange(5, 5 + num_image),
             tiles=tiles,
             valid=torch.ones(num_tiles, cfg.vision.num_patches, dtype=torch.bool),
@@ -119,16 +123,16 @@ def conversation(model: Blip3, num_tiles: int) -> tuple[EncodedSample, EncodedSa
             tile_keys=tuple(f"tile {number}" for number in range(num_tiles)),
         )
 
-    return turn(num_image + 40), turn(num_image + 90)
-
-
-_ONE = SamplingConfig(max_new_tokens=1)
+    first = turn(ids)
+    (answer,) = collect(generate_steps(model, [first], _ANSWER, ()))
+    new = torch.randint(3, cfg.lm.vocab_size, (20,), generator=generator)
+    return first, turn(torch.cat([ids, torch.tensor(answer), new]))
 
 
 def first_token_of_second_turn(model: Blip3, first: EncodedSample, second: EncodedSample) -> float:
-    """Seconds to it, the first turn being remembered."""
+    """Seconds to it, the first turn and its answer being remembered."""
     memory = ChatMemory(model)
-    collect(memory.generate_steps(first, _ONE, ()))
+    collect(memory.generate_steps(first, _ANSWER, ()))
     start = time.perf_counter()
     collect(memory.generate_steps(second, _ONE, ()))
     return time.perf_counter() - start
@@ -141,7 +145,7 @@ def same_second_turn(model: Blip3, first: EncodedSample, second: EncodedSample) 
         GateError: it differs.
     """
     memory, sampling = ChatMemory(model), SamplingConfig(max_new_tokens=8)
-    collect(memory.generate_steps(first, sampling, ()))
+    collect(memory.generate_steps(first, _ANSWER, ()))
     found = collect(memory.generate_steps(second, sampling, ()))
     whole = collect(generate_steps(model, [second], sampling, ()))
     if found != whole:

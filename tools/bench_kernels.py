@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench_pairs import Footprint, Pair, agree, clocked
+from bench_pairs import Footprint, Pair, agree, clocked, peak_of, peer
 from fused_kernels import (
     gelu_tanh,
     layer_norm,
@@ -19,7 +19,6 @@ from fused_kernels import (
     rotary_embedding,
     swiglu,
 )
-from trainer_lite import peak_rss_bytes
 
 _ROWS, _WIDTH = 2048, 1024
 _HEAD = (4096, 3072, 32_064)
@@ -48,13 +47,13 @@ def same(name: str, ours: Operation, theirs: Operation, inputs: Sequence[Tensor]
 
 
 def operation_pair(
-    name: str, peer: str, ours: Operation, theirs: Operation, inputs: Sequence[Tensor], tolerance: float = 1e-5
+    name: str, other: str, ours: Operation, theirs: Operation, inputs: Sequence[Tensor], tolerance: float = 1e-5
 ) -> Pair:
     """Forward and backward of an operation."""
     return Pair(
         suite="kernels",
         name=f"{name}, forward and backward",
-        peer=peer,
+        peer=other,
         ours=clocked(partial(both_ways, ours, inputs)),
         theirs=clocked(partial(both_ways, theirs, inputs)),
         check=partial(same, name, ours, theirs, inputs, tolerance),
@@ -70,11 +69,11 @@ def pointwise_pairs() -> Iterator[Pair]:
     """Norms, rotation and activations."""
     x, weight, bias = leaf(_ROWS, _WIDTH), leaf(_WIDTH, seed=1), leaf(_WIDTH, seed=2)
     shape = f"{_ROWS} × {_WIDTH} fp32"
-    for backend, peer in (("reference", "plain PyTorch"), ("torch", "F.rms_norm")):
+    for backend, other in (("reference", "plain PyTorch"), ("torch", "F.rms_norm")):
         theirs = partial(rms_norm, eps=1e-5, backend="reference")
         if backend == "torch":
             theirs = lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)  # noqa: E731
-        yield operation_pair(f"rms_norm {shape}", peer, partial(rms_norm, eps=1e-5), theirs, [x, weight])
+        yield operation_pair(f"rms_norm {shape}", other, partial(rms_norm, eps=1e-5), theirs, [x, weight])
     norms = [partial(layer_norm, eps=1e-5, backend=backend) for backend in ("auto", "reference")]
     yield operation_pair(f"layer_norm {shape}", "plain PyTorch", *norms, [x, weight, bias])
     yield operation_pair(f"swiglu {shape}", "plain PyTorch", swiglu, partial(swiglu, backend="reference"), [x])
@@ -164,9 +163,9 @@ def head_peak(share: float, *, is_ours: bool) -> int:
     loss = linear_cross_entropy if is_ours else plain_cross_entropy
     small, few = head_inputs(64, share, (64, 32, 128))
     both_ways(lambda h, w: loss(h, w, few), small)
-    before = peak_rss_bytes()
-    found = both_ways(lambda h, w: loss(h, w, labels), inputs)
-    return peak_rss_bytes() - before - sum(tensor.nbytes for tensor in found)
+    found: list[Tensor] = []
+    peak = peak_of(lambda: found.extend(both_ways(lambda h, w: loss(h, w, labels), inputs)))
+    return peak - sum(tensor.nbytes for tensor in found)
 
 
 def head_footprints() -> Iterator[Footprint]:
@@ -182,7 +181,7 @@ def head_footprints() -> Iterator[Footprint]:
         )
 
 
-def log_probs_pair() -> Pair:
+def log_probs_pairs() -> Iterator[Pair]:
     """Log-probabilities of labels, as DPO wants them."""
     inputs, labels = head_inputs(512, 0.5, (512, 384, 32_064))
 
@@ -191,19 +190,25 @@ def log_probs_pair() -> Pair:
         found = logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
         return found.masked_fill(labels < 0, 0.0)
 
-    return operation_pair(
-        "linear_log_probs 512 × 384 → 32,064 fp32, 50 % targets",
-        "F.linear, F.log_softmax",
-        lambda h, w: linear_log_probs(h, w, labels),
-        plain,
-        inputs,
-    )
+    selective = peer("trl.trainer.utils").selective_log_softmax
+
+    def trl(hidden: Tensor, weight: Tensor) -> Tensor:
+        return selective(F.linear(hidden, weight), labels.clamp(min=0)).masked_fill(labels < 0, 0.0)
+
+    for name, theirs in (("F.linear, F.log_softmax", plain), ("F.linear, TRL's selective_log_softmax", trl)):
+        yield operation_pair(
+            "linear_log_probs 512 × 384 → 32,064 fp32, 50 % targets",
+            name,
+            lambda h, w: linear_log_probs(h, w, labels),
+            theirs,
+            inputs,
+        )
 
 
 def pairs() -> Iterator[Pair]:
     """All operations."""
     yield from pointwise_pairs()
     yield attention_pair()
-    yield log_probs_pair()
+    yield from log_probs_pairs()
     yield head_pair(0.1)
     yield head_pair(1.0)

@@ -5,6 +5,8 @@ two floors (a large matrix product, a large copy), then both sides, the other on
 the median over the rounds of theirs / ours, in seconds or bytes: above 1, ours is better.
 """
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import platform
@@ -13,16 +15,18 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bench_index import processor_name
+from trainer_lite import peak_rss_bytes
 
 T = TypeVar("T")
 
-_PACKAGES = ("torch", "transformers", "torchvision", "pillow", "triton")
+_PACKAGES = ("torch", "transformers", "trl", "torchvision", "pillow", "triton")
 _GEMM_SIDE = 1024
 _COPY_BYTES = 1 << 27
 
@@ -209,6 +213,25 @@ def in_a_process(run: Callable[[], T]) -> T:
 
 def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Bytes by which this process's resident set grows at most while it works (Linux); freed memory is given back first.
+
+    Raises:
+        SystemExit: the system has no such counter.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError) as error:
+        raise SystemExit(
+            f"bench: expected Linux's counter of a process's peak, got {error}; leave memory out"
+        ) from error
+    work()
+    return peak_rss_bytes() - before
 
 
 def peer(name: str) -> Any:

@@ -1,7 +1,6 @@
 """Suite `scaling`: how time and memory of a step grow with tokens, tiles and vocabulary, on the demo's sizes."""
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from html import escape
@@ -11,9 +10,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from bench_models import JoinedStep, LMStep, demo_joined, picture_batch, text_batch
-from bench_pairs import Row, in_a_process
-from bench_step import DTYPES, resident_at_rest
-from trainer_lite import peak_rss_bytes
+from bench_pairs import Row, clocked, in_a_process, peak_of
+from bench_step import DTYPES, rest
 
 AXES = {
     "tokens": (512, 1024, 2048, 4096, 8192, 16_384),
@@ -36,37 +34,34 @@ def step_at(axis: str, value: int, *, is_ours: bool) -> LMStep | JoinedStep:
     return LMStep(lm, DTYPES["fp32"], text_batch(lengths, num_targets, lm.vocab_size), is_ours=is_ours)
 
 
-def cost(axis: str, value: int, *, is_ours: bool) -> tuple[float, float]:
-    """Seconds of a step, the better of two behind a first one, and bytes of three beyond a process at rest."""
-    at_rest = resident_at_rest(is_ours)
-    step = step_at(axis, value, is_ours=is_ours)
-    step.run()
-    seconds: list[float] = []
-    for _ in range(2):
-        start = time.perf_counter()
-        step.run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), peak_rss_bytes() - at_rest
+def costs(axis: str, *, is_ours: bool) -> list[tuple[float, float]]:
+    """At each point seconds of a step, the better of two behind a first one, and bytes of weights, optimiser and step."""
+    rest(is_ours)
+    found: list[tuple[float, float]] = []
+    for value in AXES[axis]:
+        seconds: list[float] = []
+
+        def work(value: int = value, seconds: list[float] = seconds) -> None:
+            step = step_at(axis, value, is_ours=is_ours)
+            step.run()
+            seconds.extend(clocked(step.run)() for _ in range(2))
+
+        num_bytes = peak_of(work)
+        found.append((min(seconds), num_bytes))
+    return found
 
 
 def points() -> Iterator[Row]:
     """Two rows a point: milliseconds and megabytes. Both sides' steps are held equal by the suite `step`."""
     for axis, values in AXES.items():
-        for value in values:
-            ours, theirs = (in_a_process(partial(cost, axis, value, is_ours=is_ours)) for is_ours in (True, False))
-            sides = zip(("step", "memory"), ("ms", "MB"), (1e3, 1e-6), ours, theirs, strict=True)
-            for what, unit, scale, own, other in sides:
-                yield Row(
-                    suite="scaling",
-                    name=f"{what} at {axis} = {value}",
-                    peer=_PEER,
-                    ours=own * scale,
-                    theirs=other * scale,
-                    unit=unit,
-                    ratio=other / own,
-                    share_of_floor=None,
-                    gate="as step",
-                )
+        ours, theirs = (in_a_process(partial(costs, axis, is_ours=is_ours)) for is_ours in (True, False))
+        for value, own, other in zip(values, ours, theirs, strict=True):
+            yield _row(f"step at {axis} = {value}", "ms", 1e3, own[0], other[0])
+            yield _row(f"memory at {axis} = {value}", "MB", 1e-6, own[1], other[1])
+
+
+def _row(name: str, unit: str, scale: float, own: float, other: float) -> Row:
+    return Row("scaling", name, _PEER, own * scale, other * scale, unit, other / own, None, "as in the suite step")
 
 
 _PANEL, _GAP, _MARGIN = (240.0, 160.0), 26.0, 46.0

@@ -20,8 +20,8 @@ from bench_models import (
     small_lm,
     text_batch,
 )
-from bench_pairs import Footprint, Pair, clocked
-from trainer_lite import keep_freed_memory, peak_rss_bytes
+from bench_pairs import Footprint, Pair, clocked, peak_of
+from trainer_lite import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TILES = (1, 3, 5, 3, 4, 3, 1, 3, 5, 3, 3, 1)
@@ -85,30 +85,33 @@ def joined_pair() -> Pair:
 
 
 def lm_peak(dtype_name: str, *, is_ours: bool) -> int:
-    """Bytes that two steps of the language model take beyond a process that has done a small one."""
-    cfg, dtype = small_lm(), DTYPES[dtype_name]
-    start = resident_at_rest(is_ours)
-    step = LMStep(cfg, dtype, lm_batch(), is_ours=is_ours)
-    step.run()
-    step.run()
-    return peak_rss_bytes() - start
+    """Bytes that the language model, its optimiser and two steps take beyond a process at rest."""
+    rest(is_ours)
+
+    def work() -> None:
+        step = LMStep(small_lm(), DTYPES[dtype_name], lm_batch(), is_ours=is_ours)
+        step.run()
+        step.run()
+
+    return peak_of(work)
 
 
 def joined_peak(*, is_ours: bool) -> int:
     """The same for the demo's joined model."""
-    start = resident_at_rest(is_ours)
-    step = JoinedStep(demo_joined(), joined_batch(), is_ours=is_ours)
-    step.run()
-    step.run()
-    return peak_rss_bytes() - start
+    rest(is_ours)
+
+    def work() -> None:
+        step = JoinedStep(demo_joined(), joined_batch(), is_ours=is_ours)
+        step.run()
+        step.run()
+
+    return peak_of(work)
 
 
-def resident_at_rest(is_ours: bool) -> int:
-    """Peak of a process that has imported what it needs and run a step of a tiny model."""
+def rest(is_ours: bool) -> None:
+    """Import what is needed, and let libraries take their buffers."""
     cfg = demo_joined()
-    step = JoinedStep(cfg, picture_batch(cfg, (1,), (9,), 2), is_ours=is_ours)
-    step.run()
-    return peak_rss_bytes()
+    JoinedStep(cfg, picture_batch(cfg, (1,), (9,), 2), is_ours=is_ours).run()
 
 
 def footprints() -> Iterator[Footprint]:
