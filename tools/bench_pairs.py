@@ -216,7 +216,7 @@ def _set_threads(threads: int) -> None:
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """Bytes by which this process's resident set grows at most while it works (Linux); freed memory is given back first.
+    """Bytes by which this process grows at most while it works (Linux); freed memory is given back first.
 
     Raises:
         SystemExit: the system has no such counter.

@@ -35,7 +35,7 @@ def step_at(axis: str, value: int, *, is_ours: bool) -> LMStep | JoinedStep:
 
 
 def costs(axis: str, *, is_ours: bool) -> list[tuple[float, float]]:
-    """At each point seconds of a step, the better of two behind a first one, and bytes of weights, optimiser and step."""
+    """At each point seconds of a step, the better of two, and bytes of weights, optimiser and step."""
     rest(is_ours)
     found: list[tuple[float, float]] = []
     for value in AXES[axis]:
