@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     from bench_pairs import machine
 
     if args.photos is not None:
-        import_module("bench_pictures").FOLDER = args.photos
+        import_module("bench_pictures").read_from(args.photos)
     print("".join(f"{name:<{width}}" for name, width in zip(_HEAD, _WIDTHS, strict=True)))
     rows: list[dict[str, Any]] = []
 

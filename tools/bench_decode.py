@@ -54,7 +54,7 @@ def same_decoding(model: Phi3, theirs: torch.nn.Module, prompts: Sequence[Tensor
         GateError: they differ.
     """
     if model.model.norm.weight.dtype == torch.float32:
-        ours, others = (run(m, prompts, num_new) for run, m in ((our_answers, model), (their_answers, theirs)))
+        ours, others = our_answers(model, prompts, num_new), their_answers(theirs, prompts, num_new)
         if ours != others:
             raise GateError(f"tokens: expected the same {num_new}, got {ours[0][:8]}… and {others[0][:8]}…")
         return "tokens equal"
@@ -226,14 +226,14 @@ def prefill_pairs() -> Iterator[Pair]:
     yield chat_pair("second turn over 5 tiles, 4 layers of so400m + small LM", larger(), 5)
     yield prompt_pair("LM prefill fp32, 1024 tokens", small_lm(), 1024)
     with torch.no_grad():
-        tower = SiglipVision(replace(so400m_patch14_384(), use_head=False)).eval().requires_grad_(False)
+        tower = SiglipVision(replace(so400m_patch14_384().vision, use_head=False)).eval().requires_grad_(False)
     yield tower_pair("SigLIP so400m fp32, one tile", tower, 1)
 
 
 def larger() -> Blip3:
     """A published tower's width in front of the small language model."""
     cfg = demo_joined()
-    vision = replace(so400m_patch14_384(), use_head=False, num_layers=4)
+    vision = replace(so400m_patch14_384().vision, use_head=False, num_layers=4)
     connector = replace(cfg.connector, dim=vision.width, dim_out=small_lm().width, num_latents=128, head_dim=96)
     cfg = replace(
         cfg, vision=vision, connector=connector, lm=small_lm(), tiling=replace(cfg.tiling, tile_px=vision.image_px)

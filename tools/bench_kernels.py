@@ -74,8 +74,10 @@ def pointwise_pairs() -> Iterator[Pair]:
         if backend == "torch":
             theirs = lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)  # noqa: E731
         yield operation_pair(f"rms_norm {shape}", other, partial(rms_norm, eps=1e-5), theirs, [x, weight])
-    norms = [partial(layer_norm, eps=1e-5, backend=backend) for backend in ("auto", "reference")]
-    yield operation_pair(f"layer_norm {shape}", "plain PyTorch", *norms, [x, weight, bias])
+    plain = partial(layer_norm, eps=1e-5, backend="reference")
+    yield operation_pair(
+        f"layer_norm {shape}", "plain PyTorch", partial(layer_norm, eps=1e-5), plain, [x, weight, bias]
+    )
     yield operation_pair(f"swiglu {shape}", "plain PyTorch", swiglu, partial(swiglu, backend="reference"), [x])
     yield operation_pair(
         f"gelu_tanh {shape}", "plain PyTorch", gelu_tanh, partial(gelu_tanh, backend="reference"), [x, bias]
@@ -86,8 +88,8 @@ def pointwise_pairs() -> Iterator[Pair]:
     def rotated(q: Tensor, k: Tensor, backend: str) -> Tensor:
         return torch.stack(rotary_embedding(q, k, angles.cos(), angles.sin(), backend=backend))
 
-    ways = [partial(rotated, backend=backend) for backend in ("auto", "reference")]
-    yield operation_pair(f"rotary_embedding {_ROWS} × 16 × 64 fp32", "plain PyTorch", *ways, [q, k])
+    name, plain = f"rotary_embedding {_ROWS} × 16 × 64 fp32", partial(rotated, backend="reference")
+    yield operation_pair(name, "plain PyTorch", partial(rotated, backend="auto"), plain, [q, k])
 
 
 def attention_pair() -> Pair:
@@ -98,11 +100,9 @@ def attention_pair() -> Pair:
     rows = torch.arange(max(_LENGTHS)) < torch.tensor(_LENGTHS)[:, None]
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sides: list[Tensor] = []
-        for x in (q, k, v):
-            empty = x.new_zeros(*rows.shape, *x.shape[1:])
-            sides.append(empty.index_put((rows,), x).transpose(1, 2))
-        return F.scaled_dot_product_attention(*sides, is_causal=True).transpose(1, 2)[rows]
+        empty = q.new_zeros(*rows.shape, *q.shape[1:])
+        q, k, v = (empty.index_put((rows,), x).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)[rows]
 
     return operation_pair(
         "packed_attention, 16 documents of 60 to 200 tokens, 6 heads of 64, fp32",

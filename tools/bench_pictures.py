@@ -75,6 +75,12 @@ def same_tiles(files: Sequence[bytes], ours: Callable[[bytes], Tensor], theirs: 
     return f"{beyond / total:.0e} of values beyond 1/255"
 
 
+def read_from(folder: Path) -> None:
+    """Take photographs from a folder."""
+    global FOLDER  # noqa: PLW0603
+    FOLDER = folder
+
+
 def pairs() -> Iterator[Pair]:
     """Both of LLaVA-NeXT's processors."""
     import time

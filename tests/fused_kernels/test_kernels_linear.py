@@ -25,13 +25,13 @@ def test_half_precision_by_fp32_is_as_near_to_fp64_as_its_dtype(without_units, r
     out = linear(*inputs, backend="by_fp32")
     expected = linear(*wide, backend="reference")
     assert out.dtype == dtype
-    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
-    torch.testing.assert_close(out.double(), expected, **tolerance)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=2 * eps, atol=4 * eps)
     found = torch.autograd.grad(out, inputs, grad)
     wanted = torch.autograd.grad(expected, wide, grad.double())
     for own, other in zip(found, wanted, strict=True):
         assert own.dtype == dtype
-        torch.testing.assert_close(own.double(), other, rtol=tolerance["rtol"], atol=40 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(own.double(), other, rtol=2 * eps, atol=40 * eps)
 
 
 def test_only_the_gradients_that_are_wanted_are_made(without_units) -> None:

@@ -1,6 +1,6 @@
 """Keys and values kept from one prompt to the next, so that a chat's turn costs its new tokens only."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,7 +44,7 @@ class PromptMemory:
         *,
         prompt_ids: Sequence[int] = (),
         ends: Callable[[Int[Tensor, " 1"]], Bool[Tensor, " 1"]] | None = None,
-    ) -> Iterator[GenerationStep]:
+    ) -> Generator[GenerationStep]:
         """Continue a prompt, as `phi3_lite.generate`, and remember it and its answer.
 
         names: of all its positions. num_known: from `num_known(names)`, or fewer. inputs: the embeddings from there on.
