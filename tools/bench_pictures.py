@@ -77,7 +77,7 @@ def same_tiles(files: Sequence[bytes], ours: Callable[[bytes], Tensor], theirs: 
 
 def read_from(folder: Path) -> None:
     """Take photographs from a folder."""
-    global FOLDER  # noqa: PLW0603
+    global FOLDER
     FOLDER = folder
 
 
