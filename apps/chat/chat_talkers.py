@@ -7,9 +7,9 @@ import torch
 from msgspec.structs import replace
 
 from anyres_tiler import tile_image
-from blip3_lite import EncodedSample, LoadedModel, SamplingConfig, stream_answer
+from blip3_lite import ChatMemory, EncodedSample, LoadedModel, SamplingConfig, stream_answer
 from interleave_data import ImagePart, Sample, TextPart, Turn, open_image
-from phi3_lite import LoadedLM, Phi3, generate, stream_text
+from phi3_lite import LoadedLM, Phi3, PromptMemory, stream_text
 
 _MAX_NEW_TOKENS = 256
 
@@ -80,6 +80,7 @@ class PictureTalker:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self.lm = loaded.model.lang_model
+        self._memory = ChatMemory(loaded.model)
         self.sampling = loaded.config.sampling or SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS)
 
     def look_at(self, picture: ImagePart) -> tuple[ImagePart, str]:
@@ -105,7 +106,9 @@ class PictureTalker:
     ) -> Iterator[str]:
         """Yield the answer as pieces of text."""
         model, processor = self.loaded.model, self.loaded.processor
-        return stream_answer(model, processor, prompt, sampling, stop_texts=stop_texts, generator=generator)
+        return stream_answer(
+            model, processor, prompt, sampling, stop_texts=stop_texts, generator=generator, memory=self._memory
+        )
 
 
 class TextPrompt(NamedTuple):
@@ -137,6 +140,7 @@ class TextTalker:
                 "put its tokenizer files beside the weights, or take an instruct model"
             )
         self.lm = loaded.model
+        self._memory = PromptMemory(loaded.model)
         self._template = loaded.chat
         self._stop_ids = loaded.generation.stop_ids
         # Few publishers say how long an answer may be, and the reader fills in a length for none.
@@ -158,7 +162,9 @@ class TextTalker:
         self, prompt: TextPrompt, sampling: SamplingConfig, stop_texts: Sequence[str], generator: torch.Generator
     ) -> Iterator[str]:
         """Yield the answer as pieces of text."""
-        inputs = self.lm.embed(torch.tensor(prompt.ids, device=self.lm.model.norm.weight.device))
-        bounds = torch.tensor([0, prompt.length], dtype=torch.int32, device=inputs.device)
-        steps = generate(self.lm, inputs, bounds, sampling, self._stop_ids, generator, prompt_ids=[prompt.ids])
+        num_known = self._memory.num_known(prompt.ids)
+        inputs = self.lm.embed(torch.tensor(prompt.ids[num_known:], device=self.lm.model.norm.weight.device))
+        steps = self._memory.generate(
+            prompt.ids, num_known, inputs, sampling, self._stop_ids, generator, prompt_ids=prompt.ids
+        )
         yield from stream_text(steps, self._template.tokenizer, self._stop_ids, stop_texts)

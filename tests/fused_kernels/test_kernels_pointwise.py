@@ -23,7 +23,7 @@ BACKENDS = {
     add_rms_norm: ["by_hand", "reference"],
     add_layer_norm: ["torch", "reference"],
     rotary_embedding: ["by_hand", "reference"],
-    swiglu: ["reference"],
+    swiglu: ["by_hand", "reference"],
     gelu_tanh: ["torch", "reference"],
 }
 CASES = [(op, backend) for op, backends in BACKENDS.items() for backend in backends]
@@ -173,3 +173,12 @@ def test_rotary_embedding_broadcasts_over_the_batch():
 def test_rotary_embedding_refuses_more_angles_than_half_the_channels():
     with pytest.raises(ValueError, match="expected at most 2 for heads of 4 channels, got 3"):
         rotary_embedding(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.ones(1, 3), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu_by_hand_is_the_plain_one_bit_for_bit(dtype):
+    (gate_up,) = inputs(swiglu, (5, 3, 8), dtype)
+    grad = torch.randn(5, 3, 8).to(dtype)
+    found = [swiglu(gate_up, backend=backend) for backend in ("by_hand", "reference")]
+    assert torch.equal(*found)
+    assert torch.equal(*(torch.autograd.grad(out, gate_up, grad)[0] for out in found))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .generation import answer_batch as answer_batch
     from .generation import generate_steps as generate_steps
     from .generation import stream_answer as stream_answer
+    from .memory import ChatMemory as ChatMemory
     from .model import Blip3 as Blip3
     from .processor import Processor as Processor
     from .processor import load_tokenizer as load_tokenizer
@@ -38,6 +39,7 @@ __all__ = [
     "WEIGHTS",
     "Blip3",
     "Blip3Config",
+    "ChatMemory",
     "CheckpointConfig",
     "CheckpointError",
     "Collate",
@@ -67,6 +69,7 @@ __all__ = [
 ]
 _HOMES = {
     "Blip3Config": "config",
+    "ChatMemory": "memory",
     "CheckpointConfig": "config",
     "CheckpointError": "folder",
     "read_manifest": "folder",

@@ -7,6 +7,7 @@ import torch
 from phi3_lite import FINISHED, GenerationStep, SamplingConfig, StopTexts, cut_at_stop, generate, stream_text
 
 from .batch import EncodedSample, PackedBatch, collate
+from .memory import ChatMemory
 from .model import Blip3
 from .processor import Processor
 
@@ -50,9 +51,16 @@ def stream_answer(
     *,
     stop_texts: Sequence[str] = (),
     generator: torch.Generator | None = None,
+    memory: ChatMemory | None = None,
 ) -> Iterator[str]:
-    """Yield the answer to one prompt as pieces of text, up to the first of `stop_texts` (`phi3_lite.stream_text`)."""
-    steps = generate_steps(model, [prompt], sampling, processor.stop_ids, generator=generator)
+    """Yield the answer to one prompt as pieces of text, up to the first of `stop_texts` (`phi3_lite.stream_text`).
+
+    memory: of this model; what it has read already is not read again, and it remembers prompt and answer.
+    """
+    if memory is None:
+        steps = generate_steps(model, [prompt], sampling, processor.stop_ids, generator=generator)
+    else:
+        steps = memory.generate_steps(prompt, sampling, processor.stop_ids, generator=generator)
     yield from stream_text(steps, processor.tokenizer, processor.stop_ids, stop_texts)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .integers import unpack_int4 as unpack_int4
     from .linear_loss import linear_cross_entropy as linear_cross_entropy
     from .linear_loss import linear_log_probs as linear_log_probs
+    from .linear_product import linear as linear
     from .norms import add_layer_norm as add_layer_norm
     from .norms import add_rms_norm as add_rms_norm
     from .norms import layer_norm as layer_norm
@@ -50,6 +51,7 @@ __all__ = [
     "int8_matmul",
     "joint_attention",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_log_probs",
     "normalised_patches",
@@ -81,6 +83,7 @@ _HOMES = {
     "int8_matmul": "int_matmul",
     "joint_attention": "dense",
     "layer_norm": "norms",
+    "linear": "linear_product",
     "linear_cross_entropy": "linear_loss",
     "linear_log_probs": "linear_loss",
     "normalised_patches": "pixels",

@@ -1,18 +1,45 @@
 """The gated and ungated activations of the decoder and of the vision tower."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .dispatch import Backend, Op, on_cuda_with_triton
+from .dispatch import Backend, Op, apply, on_cuda_with_triton, once
 
 
 def _swiglu_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return up * F.silu(gate)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Keeps the projection alone, not silu(gate) beside it, and writes both gradients into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        (grad,) = grad_outputs
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return out
+
+
+def _swiglu_by_hand(gate_up: Tensor) -> Tensor:
+    return apply(_SwiGlu, gate_up) if torch.is_grad_enabled() else _swiglu_reference(gate_up)
 
 
 def _gelu_tanh_reference(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,6 +70,7 @@ _TRITON_NOTE = "Triton, one pass each way"
 SWIGLU = Op(
     "swiglu",
     Backend("triton", _swiglu_triton, _TRITON_NOTE, on_cuda_with_triton),
+    Backend("by_hand", _swiglu_by_hand, "backward pass by hand"),
     Backend("reference", _swiglu_reference, "plain PyTorch"),
 )
 GELU_TANH = Op(

@@ -18,9 +18,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .dispatch import Backend, Op, apply, on_cuda_with_triton, once
+from .linear_product import is_multiplied_by_fp32, linear
 
-# Logits held at a time: 16 MiB of fp32.
-_CHUNK_ELEMENTS = 1 << 22
+# Logits held at a time: 64 MiB of fp32. The sum of the head's gradient is read and written for each chunk.
+_CHUNK_ELEMENTS = 1 << 24
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -42,8 +43,12 @@ class _Chunk(NamedTuple):
 def _chunks(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_rows: int) -> Iterator[_Chunk]:
     for start in range(0, x.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)
-        logits = F.linear(x[rows], weight, bias)
-        log_probs = torch.log_softmax(logits, dim=-1, dtype=_wide(x.dtype))
+        logits = linear(x[rows], weight, bias)
+        if logits.dtype == _wide(x.dtype) and not torch.is_grad_enabled():
+            # In place: each row is read whole before it is written.
+            log_probs = torch.log_softmax(logits, dim=-1, out=logits)
+        else:
+            log_probs = torch.log_softmax(logits, dim=-1, dtype=_wide(x.dtype))
         yield _Chunk(rows, x[rows], log_probs, labels[rows, None])
 
 
@@ -60,42 +65,65 @@ class _HeadGradients:
         """Add the part of one chunk, given its gradient at the logits, [c, v] in fp32."""
         if self.bias is not None:
             self.bias += grad_logits.sum(0)
-        grad_logits = grad_logits.to(chunk.x.dtype)
-        if self.x is not None:
-            torch.mm(grad_logits, self._weight, out=self.x[chunk.rows])
+        if is_multiplied_by_fp32(chunk.x):
+            x, weight = chunk.x.float(), self._weight.float() if self.x is not None else None
+        else:
+            grad_logits = grad_logits.to(chunk.x.dtype)
+            x, weight = chunk.x, self._weight
+        if self.x is not None and weight is not None:
+            if weight.dtype == self.x.dtype:
+                torch.mm(grad_logits, weight, out=self.x[chunk.rows])
+            else:
+                self.x[chunk.rows] = grad_logits @ weight
         if self.weight is not None:
             if self.weight.dtype == grad_logits.dtype:
-                self.weight.addmm_(grad_logits.t(), chunk.x)
+                self.weight.addmm_(grad_logits.t(), x)
             else:
-                self.weight += grad_logits.t() @ chunk.x
+                self.weight += grad_logits.t() @ x
+
+
+def _sum_and_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_rows: int, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, _HeadGradients]:
+    """-Σ log p(label), and its gradients."""
+    grads = _HeadGradients(x, weight, bias, needed)
+    total = torch.zeros((), dtype=_wide(x.dtype), device=x.device)
+    for chunk in _chunks(x, weight, bias, labels, chunk_rows):
+        total -= chunk.log_probs.gather(1, chunk.labels).sum()
+        if any(needed):
+            grad_logits = chunk.log_probs.exp_()
+            grad_logits.scatter_add_(1, chunk.labels, grad_logits.new_full((1, 1), -1.0).expand_as(chunk.labels))
+            grads.add(chunk, grad_logits)
+    return total, grads
 
 
 class _SumOfNegativeLogProbs(torch.autograd.Function):
-    """-Σ log p(label): scalar; gradients computed in the forward pass."""
+    """-Σ log p(label): scalar; gradients computed in the forward pass, scaled where they lie and given away.
+
+    A second backward pass through the same graph, which is rare, computes them again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_rows: int, is_training: bool
     ) -> Tensor:
-        needed = ctx.needs_input_grad[:3] if is_training else (False, False, False)
-        grads = _HeadGradients(x, weight, bias, needed)
-        total = torch.zeros((), dtype=_wide(x.dtype), device=x.device)
-        for chunk in _chunks(x, weight, bias, labels, chunk_rows):
-            total -= chunk.log_probs.gather(1, chunk.labels).sum()
-            if any(needed):
-                grad_logits = chunk.log_probs.exp_()
-                grad_logits.scatter_add_(1, chunk.labels, grad_logits.new_full((1, 1), -1.0).expand_as(chunk.labels))
-                grads.add(chunk, grad_logits)
-        ctx.save_for_backward(grads.x, grads.weight, grads.bias)
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.needed = ctx.needs_input_grad[:3] if is_training else (False, False, False)
+        ctx.chunk_rows = chunk_rows
+        ctx.save_for_backward(x, weight, bias, labels)
+        total, ctx.grads = _sum_and_gradients(x, weight, bias, labels, chunk_rows, ctx.needed)
         return total
 
     @staticmethod
     @once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, labels = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            _, grads = _sum_and_gradients(x, weight, bias, labels, ctx.chunk_rows, ctx.needed)
+        dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         scaled = [
-            None if saved is None else (saved * grad_outputs[0]).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if own is None else own.mul_(grad_outputs[0]).to(dtype)
+            for own, dtype in zip((grads.x, grads.weight, grads.bias), dtypes, strict=True)
         ]
         return (*scaled, None, None, None)
 
@@ -130,7 +158,8 @@ class _LogProbs(torch.autograd.Function):
 def _targets(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows that have a label, int64[n], their hidden states [n, d] and their labels int64[n]."""
     rows = (labels != ignore_index).nonzero().squeeze(1)
-    targets = labels.index_select(0, rows)
+    is_all = rows.shape[0] == labels.shape[0]
+    targets = labels if is_all else labels.index_select(0, rows)
     if targets.numel():
         low, high = (int(bound) for bound in torch.aminmax(targets))
         if low < 0 or high >= weight.shape[0]:
@@ -138,7 +167,7 @@ def _targets(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) 
                 f"labels: expected {ignore_index} or values from 0 to {weight.shape[0] - 1}, "
                 f"got values from {low} to {high}; check the tokenizer against the head"
             )
-    return rows, hidden.index_select(0, rows), targets
+    return rows, hidden if is_all else hidden.index_select(0, rows), targets
 
 
 def _same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -297,7 +326,7 @@ def linear_cross_entropy(
 
     Rows labelled ignore_index cost nothing and get zero gradient. "mean" is over the target rows. Without any target
     the loss is 0 and so are the gradients. Logits are in hidden's dtype; the softmax, the loss and the sums over chunks
-    are in fp32 (fp64 for fp64 input). chunk_rows: target rows at a time; None bounds the logits held to 4 Mi elements
+    are in fp32 (fp64 for fp64 input). chunk_rows: target rows at a time; None bounds the logits held to 16 Mi elements
     (16 or 128 Mi with Triton), but for a single row. Differentiable once.
 
     Raises:

@@ -37,6 +37,13 @@ def _layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and one over the root mean square of each row."""
+    wide = x.to(_statistics_dtype(x))
+    r = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps).rsqrt_()
+    return (wide * r).to(x.dtype).mul_(weight), r
+
+
 class _RmsNorm(torch.autograd.Function):
     """RMSNorm with its backward pass by hand: half the passes over memory, and only x is kept.
 
@@ -47,10 +54,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(_statistics_dtype(x))
-        r = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps).rsqrt_()
+        out, r = _normalised(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (wide * r).to(x.dtype).mul_(weight)
+        return out
 
     @staticmethod
     @once
@@ -65,7 +71,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _rms_norm_by_hand(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return apply(_RmsNorm, x, weight, eps)
+    # A function of autograd's costs a decoding step as much as what it does.
+    return apply(_RmsNorm, x, weight, eps) if torch.is_grad_enabled() else _normalised(x, weight, eps)[0]
 
 
 def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:

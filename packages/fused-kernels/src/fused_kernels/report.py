@@ -2,10 +2,11 @@
 
 import torch
 
-from . import activations, dense, int_matmul, linear_loss, norms, packed, pixels, rotary, rows
+from . import activations, dense, int_matmul, linear_loss, linear_product, norms, packed, pixels, rotary, rows
 from .dispatch import BackendRow
 
 _OPS = (
+    linear_product.LINEAR,
     norms.RMS_NORM,
     norms.LAYER_NORM,
     norms.ADD_RMS_NORM,

@@ -28,7 +28,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty_like(wide, memory_format=torch.contiguous_format)
     torch.mul(first, cos, out=out[..., :r]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., r : 2 * r]).addcmul_(first, sin)
-    out[..., 2 * r :] = wide[..., 2 * r :]
+    if 2 * r < x.shape[-1]:
+        out[..., 2 * r :] = wide[..., 2 * r :]
     return out.to(x.dtype)
 
 
@@ -49,6 +50,8 @@ class _Rotation(torch.autograd.Function):
 
 def _rotary_embedding_by_hand(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if not torch.is_grad_enabled():
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
     return apply(_Rotation, q, cos, sin), apply(_Rotation, k, cos, sin)
 
 

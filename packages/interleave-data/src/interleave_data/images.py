@@ -19,6 +19,7 @@ from .errors import SkipReason, SkipSample
 
 # Orientations that exchange width and height.
 _SIDEWAYS = (5, 6, 7, 8)
+_TURNED = (2, 3, 4, *_SIDEWAYS)
 _MAX_FRAMES = 4096
 _METADATA_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 # What Pillow's decoders and tag readers are known to raise on damaged files.
@@ -58,7 +59,7 @@ def open_image(data: bytes, limits: ImageLimits | None = None, frame: int = 0) -
             try:
                 expected = _upright_size(image, data)
                 image.load()
-                decoded = _to_rgb(ImageOps.exif_transpose(image), image.format)
+                decoded = _to_rgb(_upright(image), image.format)
             except _DECODE_ERRORS as error:
                 raise SkipSample(SkipReason.BROKEN_IMAGE, f"{image.format}: {error}") from error
     if decoded.size != expected:
@@ -147,6 +148,12 @@ def _upright_size(image: Image.Image, data: bytes) -> tuple[int, int]:
     return (height, width) if is_sideways else (width, height)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn the picture as the camera says; where it says nothing, `exif_transpose` would copy all pixels."""
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
+    return ImageOps.exif_transpose(image) if is_turned else image
+
+
 def _late_chunks_first(data: bytes) -> bytes:
     """Put a PNG's metadata that stands behind its pixels, which is rare, in front of them.
 
@@ -197,7 +204,8 @@ def _to_rgb(image: Image.Image, stored_as: str | None) -> Image.Image:
     if image.mode in ("I", "F"):
         raise SkipSample(SkipReason.UNSUPPORTED_MODE, f"expected 8 or 16 bits a channel, got mode {image.mode}")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        # of RGB, `convert` would be another copy
+        return image if image.mode == "RGB" else image.convert("RGB")
     colours = image.convert("RGBA")
     white = Image.new("RGBA", colours.size, "white")
     return Image.alpha_composite(white, colours).convert("RGB")

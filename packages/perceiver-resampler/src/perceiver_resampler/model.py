@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fused_kernels import attention, layer_norm
+from fused_kernels import attention, layer_norm, linear
 
 from .config import ResamplerConfig
 
@@ -34,6 +34,14 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(input, self.weight, self.bias, self.eps)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`, computed by `fused_kernels.linear`."""
+
+    def forward(self, input: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n"]:
+        """Multiply with the matrix and add the bias."""
+        return linear(input, self.weight, self.bias)
+
+
 class LatentAttention(nn.Module):
     """Cross attention from the latents to the features and the latents."""
 
@@ -42,8 +50,8 @@ class LatentAttention(nn.Module):
         self.num_heads = cfg.num_heads
         self.norm_media = LayerNorm(cfg.dim, eps=cfg.layer_norm_eps)
         self.norm_latents = LayerNorm(cfg.dim, eps=cfg.layer_norm_eps)
-        self.to_q = nn.Linear(cfg.dim, cfg.inner_dim, bias=False)
-        self.to_kv = nn.Linear(cfg.dim, 2 * cfg.inner_dim, bias=False)
+        self.to_q = Linear(cfg.dim, cfg.inner_dim, bias=False)
+        self.to_kv = Linear(cfg.dim, 2 * cfg.inner_dim, bias=False)
         self.to_out = nn.Linear(cfg.inner_dim, cfg.dim, bias=False)
 
     def forward(
@@ -73,9 +81,9 @@ def feed_forward(cfg: ResamplerConfig) -> nn.Sequential:
     hidden_dim = cfg.ff_mult * cfg.dim
     return nn.Sequential(
         LayerNorm(cfg.dim, eps=cfg.layer_norm_eps),
-        nn.Linear(cfg.dim, hidden_dim, bias=False),
+        Linear(cfg.dim, hidden_dim, bias=False),
         nn.GELU(),
-        nn.Linear(hidden_dim, cfg.dim, bias=False),
+        Linear(hidden_dim, cfg.dim, bias=False),
     )
 
 
@@ -109,7 +117,7 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.empty(cfg.num_latents, cfg.dim))
         self.layers = nn.ModuleList(ResamplerLayer(cfg) for _ in range(cfg.depth))
         self.norm = LayerNorm(cfg.dim, eps=cfg.layer_norm_eps)
-        self.projection = nn.Linear(cfg.dim, cfg.dim_out)
+        self.projection = Linear(cfg.dim, cfg.dim_out)
         self.init_weights()
 
     @torch.no_grad()

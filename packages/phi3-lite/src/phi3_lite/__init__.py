@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .formats.loading import LoadedLM as LoadedLM
     from .formats.loading import load_lm as load_lm
     from .model import Phi3 as Phi3
+    from .prefix import PromptMemory as PromptMemory
     from .quantised import Quantisation as Quantisation
     from .quantised import QuantisedLinear as QuantisedLinear
     from .quantised import load_targets as load_targets
@@ -64,6 +65,7 @@ __all__ = [
     "LongRope",
     "Phi3",
     "Phi3Config",
+    "PromptMemory",
     "Quantisation",
     "QuantisedLinear",
     "SamplingConfig",
@@ -109,6 +111,7 @@ _HOMES = {
     "load_lm": "formats.loading",
     "Phi3": "model",
     "QuantisedLinear": "quantised",
+    "PromptMemory": "prefix",
     "Quantisation": "quantised",
     "load_targets": "quantised",
     "quantise_linears": "quantised",

@@ -119,6 +119,15 @@ class KVCache:
         self._keys[layer][rows, :, positions] = keys.to(self._keys[layer].dtype)
         self._values[layer][rows, :, positions] = values.to(self._values[layer].dtype)
 
+    def append(self, layer: int, keys: Float[Tensor, "b g k"], values: Float[Tensor, "b g k"]) -> None:
+        """Store each row's next key and value; the lengths change only by `advance`."""
+        if self.shortest != self.longest:
+            self.write(layer, torch.arange(self.batch, device=self.lengths.device), self.lengths, keys, values)
+        else:
+            # rows of one length: a plain copy, a third of the time that indices take
+            self._keys[layer][:, :, self.longest] = keys
+            self._values[layer][:, :, self.longest] = values
+
     def read(self, layer: int, first: int, end: int) -> tuple[Float[Tensor, "b s g k"], Float[Tensor, "b s g k"]]:
         """Return views on a layer's keys and values at positions first … end − 1 of all rows."""
         keys, values = self._keys[layer], self._values[layer]
@@ -143,6 +152,18 @@ class KVCache:
                 tensors[layer] = old[:, :, :capacity][rows]
         if self._inputs is not None:
             self._inputs = self._inputs[:, :capacity][rows]
+
+    def can_shorten(self, length: int) -> bool:
+        """Whether rows can go on from their first `length` positions.
+
+        Not where a row has outgrown the original window of long-context scaling and would be back within it.
+        """
+        return self._short is None or self.longest <= self._short or length > self._short
+
+    def shorten(self, length: int) -> None:
+        """Forget what stands behind the first `length` positions of every row."""
+        self.lengths = self.lengths.clamp(max=length)
+        self._measure()
 
     def _measure(self) -> None:
         self.shortest, self.longest = (int(x) for x in torch.stack(self.lengths.aminmax()).tolist())

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
+from .cache import KVCache
 from .config import SamplingConfig
 from .model import Phi3
 
@@ -66,6 +67,7 @@ def generate(
     *,
     prompt_ids: Sequence[Sequence[int]] = (),
     ends: Callable[[Int[Tensor, " b"]], Bool[Tensor, " b"]] | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[GenerationStep]:
     """Continue a ragged batch of prompts, one step at a time, until every row has ended.
 
@@ -77,7 +79,8 @@ def generate(
 
     A repetition penalty counts each row's `prompt_ids` and what was generated; ids that stand for no text (image slots)
     do not belong there, and without any only what was generated counts. `ends` is asked with each step's tokens, before
-    they are given out, which rows are to end with them (True), such as `StopTexts`.
+    they are given out, which rows are to end with them (True), such as `StopTexts`. `cache` holds what stands before
+    each prompt; it is written on, and then holds all of a row but the last token given out.
 
     Raises:
         ValueError: prompts and bounds do not fit, a prompt is empty, the stop ids are neither shared nor one sequence a
@@ -88,11 +91,12 @@ def generate(
     seen = None
     if sampling.repetition_penalty != 1:
         seen = _seen_table(prompt_ids, batch, model.cfg.vocab_size).to(device)
-    cache = model.new_cache(batch)
+    cache = model.new_cache(batch) if cache is None else cache
     hidden = model.prefill(inputs, cu_seqlens, cache)
     # rows[j] is the caller's row that stands at place j of the cache
     rows = torch.arange(batch, device=device)
     is_finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    num_live = batch
     for index in range(sampling.max_new_tokens):
         uniform = None
         if sampling.temperature > 0:
@@ -103,21 +107,24 @@ def generate(
         if seen is not None:
             logits = penalise_repeats(logits, seen[rows], sampling.repetition_penalty)
         chosen = choose_tokens(logits, sampling, uniform)
-        tokens = torch.full((batch,), FINISHED, dtype=torch.int64, device=device)
-        tokens[rows] = chosen
-        tokens[is_finished] = FINISHED
-        is_finished = is_finished | (tokens[:, None] == stops).any(dim=1) & (tokens != FINISHED)
+        if num_live == batch:
+            tokens = chosen
+            is_finished = (tokens[:, None] == stops).any(dim=1)
+        else:
+            tokens = torch.full((batch,), FINISHED, dtype=torch.int64, device=device)
+            tokens[rows] = chosen
+            tokens[is_finished] = FINISHED
+            is_finished = is_finished | (tokens[:, None] == stops).any(dim=1) & (tokens != FINISHED)
         if ends is not None:
             is_finished = is_finished | ends(tokens).to(device)
         if seen is not None:
             seen[rows, chosen] = True
         yield GenerationStep(tokens, is_finished)
-        is_live = ~is_finished[rows]
-        num_live = int(is_live.sum())
+        num_live = batch - int(is_finished.sum())
         if num_live == 0 or index + 1 == sampling.max_new_tokens:
             return
         if num_live <= (1 - _COMPACT_SHARE) * len(rows):
-            kept = is_live.nonzero()[:, 0]
+            kept = (~is_finished[rows]).nonzero()[:, 0]
             cache.select(kept)
             rows, chosen = rows[kept], chosen[kept]
         hidden = model.step(model.embed(chosen), cache)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_kernels import add_layer_norm, attention, gelu_tanh, layer_norm
+from fused_kernels import add_layer_norm, attention, gelu_tanh, layer_norm, linear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -33,16 +33,24 @@ class LayerNormOfSum(LayerNorm):
         return add_layer_norm(input, residual, self.weight, self.bias, self.eps)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`, computed by `fused_kernels.linear`."""
+
+    def forward(self, input: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n"]:
+        """Multiply with the matrix and add the bias."""
+        return linear(input, self.weight, self.bias)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of every token to every token."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
         """Attend within each row of the batch, to keys marked True."""
@@ -59,8 +67,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden_width)
-        self.fc2 = nn.Linear(hidden_width, width)
+        self.fc1 = Linear(width, hidden_width)
+        self.fc2 = Linear(hidden_width, width)
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Apply to each token alone."""
