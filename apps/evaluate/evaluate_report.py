@@ -6,7 +6,7 @@ from PIL import Image
 
 from eval_lite import Asked, Figure
 from evaluate_config import EvaluateConfig
-from evaluate_run import Result, question_text
+from evaluate_results import Result, question_text
 from interleave_data import SkipSample
 from trainer_lite import Picture, Report, Share
 
@@ -24,15 +24,12 @@ def write_report(
 ) -> None:
     """Write the page; `others` and `differences` where two models were compared."""
     report = Report("Evaluation", config.checkpoint + (f" against {config.compare}" if config.compare else ""))
-    shots = (
-        f"{config.shots} ({config.demonstrations})" if config.shots else f"0, {config.text_only_shots} without picture"
-    )
     report.add_facts(
         {
             "questions": f"{sum(len(result.answers) for result in results):,}",
             "put as": results[0].manner,
             "decided by": config.mode,
-            "worked examples": shots if config.shots or config.text_only_shots else "none",
+            "worked examples": _examples(config),
             "seed": config.seed,
             "questions a group": config.limit or "all",
         }
@@ -51,9 +48,15 @@ def write_report(
     if others:
         _add_differences(report, config, results, others, differences)
     for index, result in enumerate(results):
-        _add_task(report, result, others[index] if others else None)
+        _add_task(report, config, result, others[index] if others else None)
     config.folder.mkdir(parents=True, exist_ok=True)
     report.write(config.folder / "report.html")
+
+
+def _examples(config: EvaluateConfig) -> str:
+    if config.text_only_shots:
+        return f"{config.text_only_shots}, without their pictures"
+    return f"{config.shots} ({config.demonstrations})" if config.shots else "none"
 
 
 def _cell(figure: Figure) -> Share | str:
@@ -86,7 +89,7 @@ def _add_differences(
     )
 
 
-def _add_task(report: Report, result: Result, other: Result | None) -> None:
+def _add_task(report: Report, config: EvaluateConfig, result: Result, other: Result | None) -> None:
     task = result.questions.task
     if task.kind == "question":
         asked = result.asked
@@ -94,6 +97,10 @@ def _add_task(report: Report, result: Result, other: Result | None) -> None:
         said = [one.text for one in other.answers] if other else []
         report.add_pictures(f"{task.name}: right and wrong answers", _cards(asked, scores, said))
         _add_errors(report, task.name, asked, scores)
+    if (config.shots or config.text_only_shots) and not result.questions.has_own_examples and task.kind == "question":
+        report.add_text(
+            "", f"The worked examples of {task.name} are other questions of the same set, about other pictures."
+        )
     if result.left_out:
         rows = [[reason, count] for reason, count in result.left_out.items()]
         report.add_table(f"{task.name}: could not be asked", ["reason", "questions"], rows)

@@ -1,10 +1,9 @@
 """Tasks read, questions asked, figures written. Bad input costs one line and status 2."""
 
-import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,74 +16,23 @@ from blip3_lite.folder import MANIFEST, read_manifest
 from blip3_lite.opening import open_model
 from eval_lite import (
     WORLD_TASKS,
-    Answer,
     Asked,
     Asking,
     EvalItem,
     Figure,
-    Measure,
     RandomDemonstrations,
     SimilarDemonstrations,
-    Task,
     load_task,
+    read_answers,
 )
 from eval_lite.wording import Manner
 from evaluate_config import EvaluateConfig
-from interleave_data import TextPart
+from evaluate_report import write_report
+from evaluate_results import Questions, Result, differences_of, write_figures, write_predictions
 
 
 class EvaluateError(ValueError):
     """Something the user can mend, told in one line."""
-
-
-@dataclass(frozen=True)
-class Questions:
-    """A task with what is to be asked of it."""
-
-    task: Task
-    items: list[EvalItem]
-    examples: list[EvalItem]
-    has_own_examples: bool
-    """Whether the worked examples are of a split of their own; else they are other questions of the same one."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A task as one model has answered it."""
-
-    questions: Questions
-    manner: Manner
-    answers: list[Answer]
-    measures: Mapping[str, Measure]
-    seconds: float
-
-    @property
-    def asked(self) -> list[Asked]:
-        """Items with their answers."""
-        return [Asked(item, answer) for item, answer in zip(self.questions.items, self.answers, strict=True)]
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        """Items that could not be asked, by reason; they count as wrong."""
-        return dict(sorted(Counter(one.skip_reason for one in self.answers if one.skip_reason).items()))
-
-
-class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of a file of predictions."""
-
-    id: str
-    group: str
-    question: str
-    answer: str
-    references: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    prediction: str
-    score: float
-    tokens: tuple[int, ...] = ()
-    near_tie: object = None
-    nats: tuple[float, ...] = ()
-    num_tokens: tuple[int, ...] = ()
-    skip_reason: str = ""
 
 
 def run(config: EvaluateConfig) -> int:
@@ -94,24 +42,35 @@ def run(config: EvaluateConfig) -> int:
     except KeyboardInterrupt:
         _say(f"\nevaluate: interrupted; the same line goes on from the answers in {config.folder}")
         return 130
-    except (ValueError, OSError) as error:
+    except EvaluateError as error:
         _say(f"evaluate: {error}")
+        return 2
+    except OSError as error:
+        _say(f"evaluate: cannot write below {config.folder}: {error.strerror or error}")
         return 2
     return 0
 
 
+@contextmanager
+def _checking_input() -> Iterator[None]:
+    """What readers and loaders say of files is the user's to mend; errors anywhere else are ours."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise EvaluateError(str(error)) from error
+
+
 def _evaluate(config: EvaluateConfig) -> None:
     # before the model is loaded, which takes longer
-    questions = [_read(config, name, folder) for name, folder in config.places]
+    with _checking_input():
+        questions = [_read(config, name, folder) for name, folder in config.places]
     paths = [Path(config.checkpoint), *([Path(config.compare)] if config.compare else [])]
     results = {place: _ask_all(config, path, questions) for place, path in zip(("", "other"), paths, strict=False)}
     for place, of_model in results.items():
         for result in of_model:
-            _write_predictions(config.folder / "predictions" / place / f"{result.questions.task.name}.jsonl", result)
-    differences = _differences(results[""], results["other"]) if config.compare else {}
-    _write_figures(config, results, differences)
-    from evaluate_report import write_report
-
+            write_predictions(config.folder / "predictions" / place / f"{result.questions.task.name}.jsonl", result)
+    differences = differences_of(results[""], results["other"]) if config.compare else {}
+    write_figures(config, results, differences)
     write_report(config, results[""], results.get("other", []), differences)
     for result in results[""]:
         for name, measure in result.measures.items():
@@ -159,7 +118,8 @@ def _first_of_groups(items: Sequence[EvalItem], limit: int) -> list[EvalItem]:
 
 
 def _ask_all(config: EvaluateConfig, path: Path, questions: Sequence[Questions]) -> list[Result]:
-    loaded, digest = _open(config, path), _digest(path)
+    with _checking_input():
+        loaded, digest = _open(config, path), _digest(path)
     manner: Manner = "base" if loaded.config.model.chat == "plain" else "instruct"
     if config.manner != "auto":
         manner = config.manner
@@ -180,16 +140,18 @@ def _ask(config: EvaluateConfig, loaded: LoadedModel, digest: str, manner: Manne
         batch_size=config.batch_size,
     )
     name = asking.fingerprint(questions.items, f"{digest} {config.quantize}")
+    file = config.folder / "answers" / f"{task.name}-{name}.jsonl"
+    with _checking_input():
+        read_answers(file)
     with tqdm(total=len(questions.items), desc=task.name, unit="question", disable=None) as bar:
-        answers = asking.ask(questions.items, config.folder / "answers" / f"{task.name}-{name}.jsonl", bar.update)
-        seconds = float(bar.format_dict["elapsed"])
+        answers = asking.ask(questions.items, file, bar.update)
     result = [Asked(item, answer) for item, answer in zip(questions.items, answers, strict=True)]
     if all(answer.skip_reason for answer in answers):
         reasons = ", ".join(sorted({answer.skip_reason for answer in answers}))
         raise EvaluateError(
             f"task {task.name}: expected questions that can be asked, got none ({reasons}); check files"
         )
-    return Result(questions, manner, answers, task.measure(result), seconds)
+    return Result(questions, manner, answers, task.measure(result))
 
 
 def _demonstrations(
@@ -199,7 +161,8 @@ def _demonstrations(
         return None
     if config.demonstrations == "random":
         return RandomDemonstrations(questions.examples, config.seed)
-    return SimilarDemonstrations(questions.examples, loaded.model, loaded.processor)
+    with _checking_input():
+        return SimilarDemonstrations(questions.examples, loaded.model, loaded.processor)
 
 
 def _open(config: EvaluateConfig, path: Path) -> LoadedModel:
@@ -221,89 +184,6 @@ def _digest(path: Path) -> str:
         files = sorted(one for one in path.rglob("*") if one.is_file())
         listed = msgspec.json.encode([(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files])
     return sha256(listed).hexdigest()
-
-
-def _differences(one: Sequence[Result], other: Sequence[Result]) -> dict[str, dict[str, Figure]]:
-    """This model's figures less the other's, where both have the same units."""
-    return {
-        mine.questions.task.name: {
-            name: measure.less(theirs.measures[name])
-            for name, measure in mine.measures.items()
-            if name in theirs.measures and len(theirs.measures[name].rows) == len(measure.rows)
-        }
-        for mine, theirs in zip(one, other, strict=True)
-    }
-
-
-def question_text(item: EvalItem) -> str:
-    """The question's own words."""
-    return "".join(part.text for part in item.prompt.turns[-1].parts if isinstance(part, TextPart)).strip()
-
-
-def _write_predictions(path: Path, result: Result) -> None:
-    score = result.questions.task.score
-    lines = [
-        Line(
-            id=item.id,
-            group=item.group,
-            question=question_text(item),
-            answer=item.answer,
-            references=item.references,
-            choices=item.choices,
-            prediction=answer.text,
-            score=0.0 if answer.skip_reason else float(score(item, answer.text)),
-            tokens=answer.tokens,
-            near_tie=answer.near_tie,
-            nats=answer.nats,
-            num_tokens=answer.num_tokens,
-            skip_reason=answer.skip_reason,
-        )
-        for item, answer in result.asked
-    ]
-    _write(path, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-
-
-def _write_figures(
-    config: EvaluateConfig,
-    results: Mapping[str, Sequence[Result]],
-    differences: Mapping[str, Mapping[str, Figure]],
-) -> None:
-    """No time, no host and no path of the output goes in: the same line gives the same bytes."""
-    settings = {name: getattr(config, name) for name in ("mode", "shots", "text_only_shots", "demonstrations", "seed")}
-    content: dict[str, object] = {
-        "checkpoint": config.checkpoint,
-        "settings": settings | {"limit": config.limit, "quantize": config.quantize},
-        **_of_model(results[""]),
-    }
-    if config.compare:
-        content["compare"] = {
-            "checkpoint": config.compare,
-            **_of_model(results["other"]),
-            "differences": differences,
-        }
-    _write(config.json_file, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
-
-
-def _of_model(results: Sequence[Result]) -> dict[str, object]:
-    return {
-        "manner": results[0].manner,
-        "tasks": {
-            result.questions.task.name: {name: measure.figure for name, measure in result.measures.items()}
-            for result in results
-        },
-        "left_out": {result.questions.task.name: result.left_out for result in results if result.left_out},
-        "near_ties": {
-            result.questions.task.name: sum(one.near_tie is not None for one in result.answers) for result in results
-        },
-    }
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.writing")
-    work.write_bytes(content)
-    os.replace(work, path)
 
 
 def _shown(figure: Figure) -> str:

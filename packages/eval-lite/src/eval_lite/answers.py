@@ -125,7 +125,8 @@ def behind_prompt(prompt: EncodedSample, whole: EncodedSample, *, ends_with_mark
     """
     shared = min(prompt.length, whole.length)
     differs = (prompt.ids[:shared] != whole.ids[:shared]).nonzero()
-    first = int(differs[0]) if len(differs) else shared
+    # Nothing is in front of the first token to predict it from.
+    first = max(1, int(differs[0]) if len(differs) else shared)
     last = whole.length if ends_with_mark else whole.length - 1
     targets = torch.full_like(whole.targets, -100)
     # The target of a position is the token behind it.

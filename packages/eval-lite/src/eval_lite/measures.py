@@ -13,6 +13,7 @@ Intervals cover 95 %: Wilson's for shares, else percentiles of the bootstrap (Ef
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 import msgspec
@@ -62,7 +63,7 @@ class Measure:
         """Whether it is a share of units."""
         return self.combine is None and self.scale == 1 and all(row in ((0.0,), (1.0,)) for row in self.rows)
 
-    @property
+    @cached_property
     def figure(self) -> Figure:
         """The value and its interval."""
         n = len(self.rows)
