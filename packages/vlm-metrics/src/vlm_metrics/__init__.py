@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from .refusals import is_refusal as is_refusal
     from .relaxed import relaxed_accuracy as relaxed_accuracy
     from .skills import skill_accuracies as skill_accuracies
+    from .vlguard import is_vlguard_refusal as is_vlguard_refusal
+    from .vlguard import vlguard_attack_success_rate as vlguard_attack_success_rate
     from .vqa import normalise_vqa as normalise_vqa
     from .vqa import vqa_accuracy as vqa_accuracy
     from .yes_no import parse_yes_no as parse_yes_no
@@ -85,6 +87,7 @@ __all__ = [
     "grounding_accuracy",
     "hallusion_scores",
     "is_refusal",
+    "is_vlguard_refusal",
     "match_letter",
     "mme_answer",
     "mme_scores",
@@ -103,6 +106,7 @@ __all__ = [
     "relaxed_accuracy",
     "skill_accuracies",
     "tokenise_caption",
+    "vlguard_attack_success_rate",
     "vqa_accuracy",
     "wilson_interval",
 ]
@@ -154,6 +158,8 @@ _HOMES = {
     "is_refusal": "refusals",
     "relaxed_accuracy": "relaxed",
     "skill_accuracies": "skills",
+    "is_vlguard_refusal": "vlguard",
+    "vlguard_attack_success_rate": "vlguard",
     "normalise_vqa": "vqa",
     "vqa_accuracy": "vqa",
     "parse_yes_no": "yes_no",

@@ -103,6 +103,6 @@ def _check_questions(right: Mapping[str, Mapping[str, Sequence[bool]]]) -> None:
         for image, answers in images.items():
             if len(answers) != 2:
                 raise ValueError(
-                    f"{name}, {image}: expected two questions on a picture, got {len(answers)}; add what is missing, or "
-                    "name pictures apart"
+                    f"{name}, {image}: expected two questions on a picture, got {len(answers)}; add what is missing, "
+                    "or name pictures apart"
                 )
