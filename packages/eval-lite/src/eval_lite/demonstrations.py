@@ -8,7 +8,7 @@ question (RICES, arXiv:2109.05014 §4, as OpenFlamingo orders it).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from .prediction import EvalItem
 Selection = Literal["random", "similar"]
 
 
+@runtime_checkable
 class Demonstrations(Protocol):
     """Chooses worked examples."""
 
