@@ -76,10 +76,11 @@ def _add_differences(
     for mine, theirs in zip(results, others, strict=True):
         task = mine.questions.task.name
         for name, figure in differences[task].items():
-            verdict = "better" if figure.low > 0 else "worse" if figure.high < 0 else "undecided"
+            # Not better or worse: of perplexity, or refusals of look-alikes, less is wanted.
+            verdict = "higher" if figure.low > 0 else "lower" if figure.high < 0 else "undecided"
             values = [_cell(one.measures[name].figure) for one in (mine, theirs)]
             shown = f"{figure.value:+.4g} ({figure.low:+.4g} to {figure.high:+.4g})"
-            rows.append([f"{task}: {name}", *values, shown, "" if name == "perplexity" else verdict])
+            rows.append([f"{task}: {name}", *values, shown, verdict])
     report.add_table(
         "Difference, drawn in pairs",
         ["task and figure", config.checkpoint, str(config.compare), "difference", "first is"],
