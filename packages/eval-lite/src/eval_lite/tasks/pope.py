@@ -22,7 +22,7 @@ class _Row(msgspec.Struct):
     image: str
     text: str
     label: str
-    question_id: int | str = ""
+    question_id: int | str | None = None
 
 
 def _read(folder: Path) -> list[EvalItem]:
@@ -36,7 +36,9 @@ def _read(folder: Path) -> list[EvalItem]:
             if row.label not in yes_no.CANDIDATES:
                 raise refuse(path, number, "yes or no as label", row.label, "correct the row")
             image = picture(folder, (f"val2014/{row.image}", f"images/{row.image}", row.image), path, number)
-            prompt = question(f"{split}/{row.question_id or number}", [image], row.text, "pope")
+            prompt = question(
+                f"{split}/{number if row.question_id is None else row.question_id}", [image], row.text, "pope"
+            )
             items.append(EvalItem(group=split, prompt=prompt, answer=row.label, candidates=yes_no.CANDIDATES))
     return items
 
