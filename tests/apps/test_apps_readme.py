@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-CUT = {"500": "2", "PICTURE": "images/0.png", "PICTURES": "images"}
+CUT = {"500": "2", "50": "1", "PICTURE": "images/0.png", "PICTURES": "images"}
 """What is typed in place of a length and of a placeholder."""
 
 
@@ -27,6 +27,16 @@ def chat(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
         return run(chat_config.parse_command_line(arguments))
 
     return call
+
+
+@pytest.fixture
+def evaluate(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
+    """`apps/evaluate` in this process: arguments → exit status."""
+    monkeypatch.syspath_prepend(str(repo_root / "apps/evaluate"))
+    from evaluate_config import parse_command_line
+    from evaluate_run import run
+
+    return lambda *arguments: run(parse_command_line(arguments))
 
 
 @pytest.fixture
@@ -62,7 +72,7 @@ def _write_data(folder: Path, data_file: str) -> None:
 
 
 def test_commands_of_the_readme_run_in_its_order(
-    train, chat, preview, repo_root: Path, toy_demo: Path, tmp_path: Path, capsys
+    train, chat, evaluate, preview, repo_root: Path, toy_demo: Path, tmp_path: Path, capsys
 ) -> None:
     readme = (repo_root / "README.md").read_text()
     (data_file,) = _blocks(readme, "toml")
@@ -74,7 +84,8 @@ def test_commands_of_the_readme_run_in_its_order(
     assert typed.pop(0) == ["apps/train"]
     shutil.copytree(toy_demo / "runs", tmp_path / "runs")
     for app, *arguments in typed:
-        call = {"apps/train": train, "apps/chat": chat, "tools/preview.py": preview}[app]
+        calls = {"apps/train": train, "apps/chat": chat, "apps/evaluate": evaluate, "tools/preview.py": preview}
+        call = calls[app]
         assert call(*arguments) == 0, (arguments, capsys.readouterr().err)
     assert (tmp_path / "preview.html").exists()
     assert any("--resume" in arguments for arguments in typed)

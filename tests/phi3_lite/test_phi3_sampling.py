@@ -243,3 +243,23 @@ def test_rows_end_where_the_caller_says_and_disturb_no_other() -> None:
     ]
     assert len(asked) == len(LENGTHS)
     assert asked[1][0] == FINISHED
+
+
+def test_margins_are_those_of_each_rows_own_logits_and_infinite_behind_its_end() -> None:
+    model, inputs, bounds = _prompts()
+    sampling = SamplingConfig(max_new_tokens=6)
+    rows = collect(generate(model, inputs, bounds, sampling))
+    stop_ids = [[row[2]] if index % 2 else [] for index, row in enumerate(rows)]
+    steps = list(generate(model, inputs, bounds, sampling, stop_ids, with_margins=True))
+    for row, (start, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        told = [step for step in steps if step.tokens[row] != FINISHED]
+        said = torch.tensor([int(step.tokens[row]) for step in told])
+        whole = torch.cat([inputs[start:end], model.embed(said)]).detach()
+        length = torch.tensor([0, len(whole)], dtype=torch.int32)
+        logits = model.logits(model(whole, torch.arange(len(whole)), length))[end - start - 1 : -1]
+        first, second = logits.topk(2, dim=-1).values.unbind(-1)
+        margins = torch.stack([step.margins[row] for step in told if step.margins is not None])
+        torch.testing.assert_close(margins, first - second)
+        behind = [step.margins[row] for step in steps[len(told) :] if step.margins is not None]
+        assert all(margin == torch.inf for margin in behind)
+    assert all(step.margins is None for step in generate(model, inputs, bounds, sampling))

@@ -91,7 +91,7 @@ def test_every_package_is_in_the_readme(readme: str, member) -> None:
 
 def test_every_command_in_the_readme_can_be_typed(repo_root: Path, readme: str) -> None:
     calls = [call for call in map(program_call, commands(readme)) if call]
-    assert {"apps/train", "apps/chat"} <= {path for path, _, _ in calls}
+    assert {"apps/train", "apps/chat", "apps/evaluate"} <= {path for path, _, _ in calls}
     for path, subcommands, flags in calls:
         assert (repo_root / path).exists(), path
         known = set(re.findall(r"--[\w.-]+", help_text(repo_root, path, subcommands))) | {"--help"}

@@ -24,12 +24,13 @@ def generate_steps(
     generator: torch.Generator | None = None,
     collate_prompts: Collate = collate,
     ends: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    with_margins: bool = False,
 ) -> Iterator[GenerationStep]:
     """Yield the next token of every prompt, step by step, until all have stopped.
 
     All tiles of all prompts go through the vision tower in one call; `collate_prompts` may bring kept features instead.
     A repetition penalty counts the answers' own tokens: the prompts are embeddings, as in the original, where it sees
-    none of them either (transformers 5.23). `ends` as in `phi3_lite.generate`.
+    none of them either (transformers 5.23). `ends` and `with_margins` as in `phi3_lite.generate`.
     """
     batch = collate_prompts(prompts).to(model.device)
     yield from generate(
@@ -40,6 +41,7 @@ def generate_steps(
         stop_ids,
         generator,
         ends=ends,
+        with_margins=with_margins,
     )
 
 

@@ -1,7 +1,7 @@
 """Questions in, predictions out: the same processor and the same decoding as training and chat."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,14 @@ class EvalItem:
     """A conversation that ends with the user's turn."""
     answer: str
     """The known answer."""
+    references: tuple[str, ...] = ()
+    """All accepted answers, or captions by several people; empty where `answer` is the only one."""
+    choices: tuple[str, ...] = ()
+    """What is listed under the question with letters; the answer is then a letter."""
+    candidates: tuple[str, ...] = ()
+    """Answers that can be compared by their likelihood where there are no `choices`."""
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What the scoring rule needs besides, such as the figure that a question belongs to."""
 
     @property
     def id(self) -> str:

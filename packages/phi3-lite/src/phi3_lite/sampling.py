@@ -24,6 +24,8 @@ class GenerationStep(NamedTuple):
     """Next token of each row, the stop token included; FINISHED for rows that ended before this step."""
     is_finished: Bool[Tensor, " b"]
     """True = the row has ended, by a stop token in this step or earlier."""
+    margins: Float[Tensor, " b"] | None = None
+    """How far the likeliest token's logit is above the next one's, where it was asked for; inf for FINISHED rows."""
 
 
 def choose_tokens(
@@ -68,6 +70,7 @@ def generate(
     prompt_ids: Sequence[Sequence[int]] = (),
     ends: Callable[[Int[Tensor, " b"]], Bool[Tensor, " b"]] | None = None,
     cache: KVCache | None = None,
+    with_margins: bool = False,
 ) -> Iterator[GenerationStep]:
     """Continue a ragged batch of prompts, one step at a time, until every row has ended.
 
@@ -80,7 +83,8 @@ def generate(
     A repetition penalty counts each row's `prompt_ids` and what was generated; ids that stand for no text (image slots)
     do not belong there, and without any only what was generated counts. `ends` is asked with each step's tokens, before
     they are given out, which rows are to end with them (True), such as `StopTexts`. `cache` holds what stands before
-    each prompt; it is written on, and then holds all of a row but the last token given out.
+    each prompt; it is written on, and then holds all of a row but the last token given out. `with_margins` tells of each
+    step how close the second choice was: where that is within rounding, another batch may choose it.
 
     Raises:
         ValueError: prompts and bounds do not fit, a prompt is empty, the stop ids are neither shared nor one sequence a
@@ -107,6 +111,12 @@ def generate(
         if seen is not None:
             logits = penalise_repeats(logits, seen[rows], sampling.repetition_penalty)
         chosen = choose_tokens(logits, sampling, uniform)
+        margins = None
+        if with_margins:
+            first, second = logits.float().topk(2, dim=-1).values.unbind(-1)
+            margins = torch.full((batch,), torch.inf, device=device)
+            margins[rows] = first - second
+            margins[is_finished] = torch.inf
         if num_live == batch:
             tokens = chosen
             is_finished = (tokens[:, None] == stops).any(dim=1)
@@ -119,7 +129,7 @@ def generate(
             is_finished = is_finished | ends(tokens).to(device)
         if seen is not None:
             seen[rows, chosen] = True
-        yield GenerationStep(tokens, is_finished)
+        yield GenerationStep(tokens, is_finished, margins)
         num_live = batch - int(is_finished.sum())
         if num_live == 0 or index + 1 == sampling.max_new_tokens:
             return
