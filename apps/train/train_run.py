@@ -17,6 +17,8 @@ from blip3_lite.opening import open_model
 from eval_lite import write_predictions
 from interleave_data import DataError, Sample, SkipSample, TextPart, TooManySkips, WorkerError
 from phi3_lite import load_lm, train_tokenizer
+from train_ablate import run_ablation
+from train_ablate_config import AblateRun
 from train_cli import AUTO, NEWEST
 from train_config import Command, DemoRun, LanguageRun, PlanRequest, StageRun, WarmupRun, run_path
 from train_demo import run_demo
@@ -112,6 +114,8 @@ def _dispatch(command: Command, stop: StopFlag) -> bool:
         )
     if command.is_dry_run and isinstance(command.config, StageRun):
         return _dry_run(command.recipe, command.config, command.plan)
+    if isinstance(command.config, AblateRun):
+        return run_ablation(command.recipe, command.config, stop)
     if isinstance(command.config, DemoRun):
         return run_demo(command.config, stop)
     if isinstance(command.config, LanguageRun):

@@ -355,7 +355,7 @@ def stage_trainer(
     data: StageData,
     *,
     stream: PackStream,
-    run: RunFolder,
+    run: RunFolder | None,
     progress: Progress,
     stop: StopFlag,
     first_step: int = 0,
@@ -363,6 +363,8 @@ def stage_trainer(
     parallel: ParallelConfig | None = None,
 ) -> Trainer[Any]:
     """Make one stage ready for `fit_stage`: freeze plan, adapters. `stream`: of this stage and data (`make_stream`).
+
+    Without a `run` nothing is logged or saved.
 
     Raises:
         ValueError: an adapter's target is not in the model.
@@ -379,7 +381,7 @@ def stage_trainer(
         cfg=stage.train,
         stage=name,
         run=run,
-        files=CheckpointFiles(model, processor, stage.lora if stage.use_lora else None),
+        files=None if run is None else CheckpointFiles(model, processor, stage.lora if stage.use_lora else None),
         first_step=first_step,
         data_fingerprint=data.fingerprint,
         progress=progress,
