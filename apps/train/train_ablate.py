@@ -23,7 +23,7 @@ import torch
 from blip3_lite import Blip3, FeatureCache, Processor, load_model, read_manifest, save_model
 from blip3_lite.checkpoint import weights_file
 from blip3_lite.folder import file_sha256
-from train_ablate_arm import QUESTION_SEED, ArmResult, Starts, result_path, run_arm
+from train_ablate_arm import QUESTION_SEED, ArmResult, Starts, Task, result_path, run_arm
 from train_ablate_config import AblateRun
 from train_ablate_data import draw_questions
 from train_ablate_plan import Ablation, Start
@@ -100,7 +100,8 @@ def _train_missing(
             left = f", about {spent_s / num_done * (len(missing) - place):.0f} s left" if num_done else ""
             say(f"arm {place + 1} of {len(missing)}: {arm}, seed {seed}{left}")
             began_s = time.monotonic()
-            made = run_arm(arm, ablation, seed, loaded, config.questions, marks[arm, seed], progress, stop)
+            task = Task(ablation, arm, seed, config.questions, marks[arm, seed])
+            made = run_arm(task, loaded, progress, stop)
             if made is None:
                 say(f"stopped in {arm}, seed {seed}: that arm begins again, those before it stay")
                 return

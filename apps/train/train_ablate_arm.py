@@ -52,6 +52,19 @@ class Starts:
     towers: dict[str, LoadedModel]
 
 
+@dataclass(frozen=True)
+class Task:
+    """One arm with one seed."""
+
+    ablation: Ablation
+    arm: str
+    seed: int
+    num_questions: int
+    """Of each skill."""
+    fingerprint: str
+    """See `ArmResult`."""
+
+
 def build_model(arm: Arm, starts: Starts, has_lm: bool, seed: int) -> tuple[Blip3, Processor]:
     """The start's model with what the arm changes; `has_lm`: its language model has learnt something, so it is kept."""
     base = starts.start.config.model
@@ -92,37 +105,20 @@ def teach_connector(model: Blip3, steps: int, seed: int, progress: Progress, sto
     model.eval().requires_grad_(False)
 
 
-def run_arm(
-    name: str,
-    ablation: Ablation,
-    seed: int,
-    starts: Starts,
-    num_questions: int,
-    fingerprint: str,
-    progress: Progress,
-    stop: StopFlag,
-) -> ArmResult | None:
+def run_arm(task: Task, starts: Starts, progress: Progress, stop: StopFlag) -> ArmResult | None:
     """Train and ask one arm; None if a signal stopped it."""
     num_threads = torch.get_num_threads()
     # The figures are the same on any number of cores, and two commands can share two of them.
     torch.set_num_threads(1)
     try:
-        return _run_arm(name, ablation, seed, starts, num_questions, fingerprint, progress, stop)
+        return _run_arm(task, starts, progress, stop)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _run_arm(
-    name: str,
-    ablation: Ablation,
-    seed: int,
-    starts: Starts,
-    num_questions: int,
-    fingerprint: str,
-    progress: Progress,
-    stop: StopFlag,
-) -> ArmResult | None:
-    arm, seconds = ablation.arms[name], dict[str, float]()
+def _run_arm(task: Task, starts: Starts, progress: Progress, stop: StopFlag) -> ArmResult | None:
+    ablation, seed = task.ablation, task.seed
+    arm, seconds = ablation.arms[task.arm], dict[str, float]()
     began_s = time.monotonic()
     model, processor = build_model(arm, starts, ablation.start != "warmup", seed)
     if arm.connector_steps:
@@ -138,7 +134,7 @@ def _run_arm(
         data = lesson_data(lesson, seed)
         stream = make_stream(stage, data, processor, features)
         trainer = stage_trainer(
-            name, stage, model, processor, data, stream=stream, run=None, progress=progress, stop=stop
+            task.arm, stage, model, processor, data, stream=stream, run=None, progress=progress, stop=stop
         )
         result = fit_stage(trainer, model)
         loss = None if result.last is None else result.last.loss
@@ -148,17 +144,17 @@ def _run_arm(
     if stop.is_set:
         return None
     exam_s = time.monotonic()
-    items = draw_questions(ablation.skills, num_questions, QUESTION_SEED)
+    items = draw_questions(ablation.skills, task.num_questions, QUESTION_SEED)
     predictions = _answers(model, processor, items, features)
     exchanged: list[Prediction] = []
-    if name == ablation.control.arm:
+    if task.arm == ablation.control.arm:
         asked = [item for item in items if item.group in ablation.control.skills]
         exchanged = _answers(model, processor, exchange_pictures(asked), features)
     seconds["questions"] = time.monotonic() - exam_s
     return ArmResult(
-        arm=name,
+        arm=task.arm,
         seed=seed,
-        fingerprint=fingerprint,
+        fingerprint=task.fingerprint,
         seconds={part: round(value, 2) for part, value in seconds.items()},
         loss=loss,
         predictions=predictions,

@@ -53,6 +53,11 @@ class AblationDrawers(Drawers):
         talk = self.world.conversation(number, kind, max_questions=1, variant=variant)
         return conversation_sample(talk, f"{kind}/{number}")
 
+    def small_print(self, index: int) -> AnySample:
+        """A page with the question for what is printed on it."""
+        talk = self.world.conversation(index, "page", max_questions=1)
+        return conversation_sample(talk, f"page/{index}")
+
     def caption_without_print(self, index: int) -> AnySample:
         """A caption that does not say what is printed."""
         number, kind = self._picture(index)
@@ -113,6 +118,7 @@ def sample_kinds(drawers: AblationDrawers) -> dict[str, SampleKind]:
     return {
         "questions": SampleKind(drawers.questions, QUESTION_ROUNDS),
         "single questions": SampleKind(drawers.question, QUESTION_ROUNDS),
+        "small print": SampleKind(drawers.small_print),
         "captions": SampleKind(drawers.caption),
         "captions without print": SampleKind(drawers.caption_without_print),
         "captions without boxes": SampleKind(drawers.caption_without_boxes),

@@ -65,13 +65,14 @@ def _same(says: str, one: str, other: str, *skills: str, decides: bool = True) -
 
 def tiling() -> Ablation:
     """Base view, any-resolution, and any-resolution with fixed sampling."""
-    lesson = _questions(140, "page", "scene")
+    stage = short(sft_stage(), 140, 10)
+    lesson = Lesson(sources={"small print": 0.6, "questions": 0.4}, stage=stage)
     return Ablation(
         title="Tiling strategies",
         claim="On text-rich tasks any-resolution with patch sampling is better than fixed sampling, and that better "
         "than the base resolution.",
         source="xGen-MM, ablation of any-resolution vision token sampling (bars on DocVQA, ChartQA, TextVQA, OCRBench)",
-        done="SFT on questions about pages of two by two tiles with small print and about scenes of one tile, behind "
+        done="SFT on questions for the small print of pages of two by two tiles, and about scenes of one tile, behind "
         "the same tower, connector and pre-trained language model. Other skills are asked on scenes.",
         start="pretrain",
         arms={

@@ -231,7 +231,7 @@ def _check_same_course(saved: StageRun, config: StageRun) -> None:
 
 def parse_command_line(arguments: Sequence[str]) -> Command:
     """Return the resolved config, or exit with status 2 and a reason."""
-    if arguments[:1] == ["ablate"]:
+    if list(arguments[:1]) == ["ablate"]:
         # Not above: nothing else needs the table of ablations.
         from train_ablate_cli import parse_ablation
 

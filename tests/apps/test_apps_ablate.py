@@ -119,9 +119,10 @@ def test_ablations_name_samples_and_skills_that_exist(app) -> None:
 
     assert len(ABLATIONS) >= 8
     known = sample_kinds(AblationDrawers(World(0)))
-    for make in ABLATIONS.values():
-        ablation = make()
-        assert {item.group for item in draw_questions(ablation.skills, 1, 1)} == set(ablation.skills)
+    ablations = [make() for make in ABLATIONS.values()]
+    skills = sorted({skill for ablation in ablations for skill in ablation.skills})
+    assert sorted({item.group for item in draw_questions(skills, 1, 1)}) == skills
+    for ablation in ablations:
         for arm in ablation.arms.values():
             assert arm.tower in (None, *TOWERS)
             assert all(set(lesson.sources) <= set(known) for lesson in arm.lessons)
@@ -202,7 +203,7 @@ def test_exchanged_pictures_keep_their_places(app) -> None:
 
 @pytest.mark.parametrize(
     ("side", "count", "cells"),
-    [(8, 16, (4, 4)), (8, 8, (2, 4)), (8, 32, (4, 8)), (8, 1, (1, 1)), (6, 12, None), (6, 6, (2, 3)), (8, 0, None)],
+    [(8, 16, (4, 4)), (8, 8, (2, 4)), (8, 32, (4, 8)), (8, 1, (1, 1)), (8, 12, None), (6, 6, (2, 3)), (8, 0, None)],
 )
 def test_a_grid_is_divided_into_cells_near_squares(app, side: int, count: int, cells: tuple[int, int] | None) -> None:
     from train_vision import cells_of
@@ -216,8 +217,8 @@ def toy(app, train, parse, toy_model, monkeypatch: pytest.MonkeyPatch, tmp_path:
     import train_ablate
     import train_ablate_cli
     import train_ablate_table
-    import train_run
     from blip3_lite import Blip3, Processor, save_model
+    from phi3_lite import train_tokenizer
     from train_ablate_plan import Ablation, Arm, Contrast, Control
 
     cfg = parse("demo", *toy_model).model
@@ -225,7 +226,7 @@ def toy(app, train, parse, toy_model, monkeypatch: pytest.MonkeyPatch, tmp_path:
     save_model(
         tmp_path / "runs/ablations/starts/warmup",
         Blip3(cfg),
-        Processor(cfg, train_run.world_tokenizer(cfg.lm.vocab_size)),
+        Processor(cfg, train_tokenizer(World(0).texts(2), cfg.lm.vocab_size)),
         manifest={"stage": "warmup"},
     )
     lesson = train_ablate_table._questions(1, "scene")
@@ -311,3 +312,11 @@ def test_ablations_can_be_listed_and_misspelt(train, capsys) -> None:
     assert train("ablate") == 2
     assert "see --list" in capsys.readouterr().err
     assert train("ablate", "tiling", "--seeds", "2") == 2
+
+
+def test_small_print_is_all_that_is_asked_of_a_page(app) -> None:
+    from train_ablate_data import AblationDrawers
+
+    sample = AblationDrawers(World(0, "train")).small_print(3)
+    asked, told = (turn.parts[-1].text for turn in sample.turns)
+    assert (asked, told) == ("Read the small print.", " ".join(World(0, "train").picture(3, "page").text))

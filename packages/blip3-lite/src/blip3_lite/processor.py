@@ -206,7 +206,7 @@ class Processor:
             SkipSample: an empty answer or document, or nothing to learn.
         """
         chat = [ChatTurn(turn.role, self.chat_parts(turn)) for turn in turns]
-        _refuse_empty_answers(chat)
+        _refuse_empty_answers(chat, is_prompt)
         encoded = self.template.encode(chat, is_prompt=is_prompt)
         if not is_prompt and not any(encoded.is_target[1:]):
             raise SkipSample(SkipReason.NO_TARGETS, "expected at least one token to learn, got none")
@@ -339,12 +339,13 @@ def _joined(tensors: Sequence[torch.Tensor], nothing: torch.Tensor) -> torch.Ten
     return torch.cat(list(tensors)) if tensors else nothing
 
 
-def _refuse_empty_answers(chat: Sequence[ChatTurn]) -> None:
+def _refuse_empty_answers(chat: Sequence[ChatTurn], is_prompt: bool) -> None:
     for turn in chat:
         is_empty = not any(isinstance(part, str) and part.strip() for part in turn.parts)
         if turn.role == "assistant" and is_empty:
             raise SkipSample(SkipReason.EMPTY_ANSWER, "expected an answer with text, got none")
-        if turn.role == "document" and is_empty:
+        # A picture alone can be gone on from.
+        if turn.role == "document" and is_empty and not is_prompt:
             raise SkipSample(SkipReason.EMPTY_TEXT, "expected a document with text, got none")
 
 
