@@ -62,7 +62,8 @@ def run_ablation(name: str, config: AblateRun, stop: StopFlag) -> bool:
         wanted = [(arm, seed) for seed in range(config.seeds) for arm in ablation.arms]
         marks = {one: _fingerprint(ablation, *one, config.questions, digests) for one in wanted}
         missing = [one for one in wanted if _result(folder, *one, marks[one]) is None]
-        say(f"{name}: {len(wanted)} arms with {config.seeds} seeds each, {len(wanted) - len(missing)} done")
+        num_done = len(wanted) - len(missing)
+        say(f"{name}: {len(ablation.arms)} arms, {config.seeds} seeds each: {num_done} of {len(wanted)} done")
         _train_missing(ablation, missing, marks, starts, config, folder, stop)
     results = {
         arm: [_result(folder, arm, seed, marks[arm, seed]) for seed in range(config.seeds)] for arm in ablation.arms

@@ -364,8 +364,6 @@ def stage_trainer(
 ) -> Trainer[Any]:
     """Make one stage ready for `fit_stage`: freeze plan, adapters. `stream`: of this stage and data (`make_stream`).
 
-    Without a `run` nothing is logged or saved.
-
     Raises:
         ValueError: an adapter's target is not in the model.
     """

@@ -303,6 +303,41 @@ def test_results_of_other_settings_are_made_again(toy, tmp_path: Path) -> None:
     assert after["loss"] == before["loss"]
 
 
+def test_the_start_can_be_a_demo_s(toy, tmp_path: Path, capsys) -> None:
+    assert toy("toy", "--questions", "2", "--max-arms", "1") == 0
+    (tmp_path / "mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/ablations/starts/warmup").rename(tmp_path / "mine/checkpoints/step-00000001")
+    capsys.readouterr()
+    assert toy("toy", "--questions", "2", "--max-arms", "1", "--demo", "mine") == 0
+    # The same weights: what is done counts.
+    assert "2 arms, 3 seeds each: 1 of 6 done" in capsys.readouterr().err
+    assert toy("toy", "--demo", "elsewhere") == 2
+    assert "expected the run folder of a demo that got through warmup, got elsewhere" in capsys.readouterr().err
+
+
+def test_starts_are_trained_once_and_kept(app, train, parse, toy_model, monkeypatch, tmp_path: Path) -> None:
+    import train_ablate
+    import train_run
+    from blip3_lite import load_model
+    from trainer_lite import StopFlag
+
+    demo = parse(
+        "demo", *toy_model, "--warmup.max-steps", "1", "--pretrain.max-steps", "1", "--pretrain.num-workers", "0"
+    )
+    monkeypatch.setattr(train_ablate, "demo_model", lambda: demo.model)
+    monkeypatch.setattr(train_ablate, "warmup_stage", lambda: demo.warmup)
+    monkeypatch.setattr(train_ablate, "pretrain_stage", lambda: demo.pretrain)
+    monkeypatch.setattr(train_ablate, "world_tokenizer", train_run.world_tokenizer)
+    for place in ("warmup", "pretrain"):
+        train_ablate._make(place, tmp_path, StopFlag())
+    before, after = (load_model(tmp_path / place).model.state_dict() for place in ("warmup", "pretrain"))
+    moved = {name.split(".")[0] for name, tensor in after.items() if not tensor.equal(before[name])}
+    assert moved == {"vision_tokenizer", "lang_model"}
+    written = (tmp_path / "warmup/MANIFEST.json").stat().st_mtime_ns
+    train_ablate._make("warmup", tmp_path, StopFlag())
+    assert (tmp_path / "warmup/MANIFEST.json").stat().st_mtime_ns == written
+
+
 def test_ablations_can_be_listed_and_misspelt(train, capsys) -> None:
     assert train("ablate", "--list") == 0
     listed = capsys.readouterr().out
