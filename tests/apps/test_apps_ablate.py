@@ -211,6 +211,12 @@ def test_a_grid_is_divided_into_cells_near_squares(app, side: int, count: int, c
     assert cells_of(side, count) == cells
 
 
+def _toy_tokenizer(vocab_size: int):
+    from phi3_lite import train_tokenizer
+
+    return train_tokenizer(World(0).texts(2), vocab_size)
+
+
 @pytest.fixture
 def toy(app, train, parse, toy_model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """An ablation of two arms, one step each, behind a fresh model; the command: arguments → exit status."""
@@ -218,7 +224,6 @@ def toy(app, train, parse, toy_model, monkeypatch: pytest.MonkeyPatch, tmp_path:
     import train_ablate_cli
     import train_ablate_table
     from blip3_lite import Blip3, Processor, save_model
-    from phi3_lite import train_tokenizer
     from train_ablate_plan import Ablation, Arm, Contrast, Control
 
     cfg = parse("demo", *toy_model).model
@@ -226,7 +231,7 @@ def toy(app, train, parse, toy_model, monkeypatch: pytest.MonkeyPatch, tmp_path:
     save_model(
         tmp_path / "runs/ablations/starts/warmup",
         Blip3(cfg),
-        Processor(cfg, train_tokenizer(World(0).texts(2), cfg.lm.vocab_size)),
+        Processor(cfg, _toy_tokenizer(cfg.lm.vocab_size)),
         manifest={"stage": "warmup"},
     )
     lesson = train_ablate_table._questions(1, "scene")
@@ -317,7 +322,6 @@ def test_the_start_can_be_a_demo_s(toy, tmp_path: Path, capsys) -> None:
 
 def test_starts_are_trained_once_and_kept(app, train, parse, toy_model, monkeypatch, tmp_path: Path) -> None:
     import train_ablate
-    import train_run
     from blip3_lite import load_model
     from trainer_lite import StopFlag
 
@@ -327,7 +331,7 @@ def test_starts_are_trained_once_and_kept(app, train, parse, toy_model, monkeypa
     monkeypatch.setattr(train_ablate, "demo_model", lambda: demo.model)
     monkeypatch.setattr(train_ablate, "warmup_stage", lambda: demo.warmup)
     monkeypatch.setattr(train_ablate, "pretrain_stage", lambda: demo.pretrain)
-    monkeypatch.setattr(train_ablate, "world_tokenizer", train_run.world_tokenizer)
+    monkeypatch.setattr(train_ablate, "world_tokenizer", _toy_tokenizer)
     for place in ("warmup", "pretrain"):
         train_ablate._make(place, tmp_path, StopFlag())
     before, after = (load_model(tmp_path / place).model.state_dict() for place in ("warmup", "pretrain"))
