@@ -10,7 +10,8 @@ from eval_lite import EvalItem
 from interleave_data import ImagePart, Sample, TextPart, Turn
 from interleave_data.sources import AnySample
 from scene_world import REFUSAL, SKILLS, SYMBOLS, Document, Picture, World
-from scene_world.questions import CAPTION_ORDERS
+from scene_world.lexicon import spell
+from scene_world.questions import CAPTION_ORDERS, with_article
 from train_ablate_plan import Lesson
 from train_stages import StageData
 from train_world import (
@@ -68,11 +69,15 @@ class AblationDrawers(Drawers):
         kept = text.partition(" with ")[2] if picture.text else text
         return document_sample(Document(caption.id, (picture, kept)), f"{kind}/{number}")
 
-    def caption_without_boxes(self, index: int) -> AnySample:
-        """A caption in one of the orders that tell no boxes."""
+    def caption_without_places(self, index: int) -> AnySample:
+        """A caption that says what there is, and not where."""
         number, kind = self._picture(index)
+        picture = self.world.caption(number, kind).parts[0]
+        assert isinstance(picture, Picture)
+        things = ", ".join(f"{with_article(shape.colour)} {shape.name}" for shape in picture.shapes)
+        printed = f"the print {spell(picture.text)} with " if picture.text else ""
         return document_sample(
-            self.world.caption(number, kind, number % CAPTION_ORDERS.index("box")), f"{kind}/{number}"
+            Document(f"things/{kind}/{number}", (picture, f"{printed}{things}.")), f"{kind}/{number}"
         )
 
     def sum_of_bars(self, index: int) -> AnySample:
@@ -121,7 +126,7 @@ def sample_kinds(drawers: AblationDrawers) -> dict[str, SampleKind]:
         "small print": SampleKind(drawers.small_print),
         "captions": SampleKind(drawers.caption),
         "captions without print": SampleKind(drawers.caption_without_print),
-        "captions without boxes": SampleKind(drawers.caption_without_boxes),
+        "captions without places": SampleKind(drawers.caption_without_places),
         "examples": SampleKind(drawers.examples),
         "sums of bars": SampleKind(drawers.sum_of_bars),
         "sums": SampleKind(drawers.sum),

@@ -131,13 +131,13 @@ def scale() -> Ablation:
     skills = ("colour", "shape", "place")
 
     def captions(steps: int) -> Lesson:
-        return Lesson(sources={"captions": 1.0}, kinds=("scene",), stage=short(pretrain_stage(), steps))
+        return Lesson(sources={"captions": 1.0}, kinds=("scene",), stage=short(pretrain_stage(), steps, 16))
 
     return Ablation(
         title="Data scale",
         claim="More multimodal tokens in pre-training keep helping: much up to 60 B, moderately up to 100 B.",
         source="xGen-MM, pre-training data scaling from 2 B to 100 B tokens (curves of captioning at 4 and 8 shots)",
-        done="Pre-training on captions of scenes for 60, 120 and 240 steps of 8 fresh samples, then the same 50 steps "
+        done="Pre-training on captions of scenes for 60, 120 and 240 steps of 16 fresh samples, then the same 50 steps "
         "of SFT, which make the model answer questions.",
         start="warmup",
         arms={
@@ -194,10 +194,10 @@ def interleaved() -> Ablation:
 
 def mixture() -> Ablation:
     """Pre-training with and without what OCR and grounding captions say."""
-    last = _questions(40, "word", "scene")
+    last = Lesson(sources={"questions": 1.0}, kinds=("word", "scene"), stage=short(sft_stage(), 50))
 
     def after(source: str) -> tuple[Lesson, ...]:
-        return Lesson(sources={source: 1.0}, kinds=("word", "scene"), stage=short(pretrain_stage(), 140)), last
+        return Lesson(sources={source: 1.0}, kinds=("word", "scene"), stage=short(pretrain_stage(), 220, 12)), last
 
     others = ("colour", "shape")
     return Ablation(
@@ -205,22 +205,22 @@ def mixture() -> Ablation:
         claim="OCR captions make a model read better, and grounding captions make it locate better; other tasks keep.",
         source="xGen-MM puts 5 % each of BLIP3-OCR-200M and BLIP3-GROUNDING-50M into the mixture for this (it shows no "
         "ablation of them alone); Idefics2, arXiv:2405.02246: DocVQA 42.9 to 49.9 with OCR data",
-        done="Pre-training for 140 steps on captions of scenes and of large print, which say all, or leave out what is "
-        "printed, or never tell a box; then the same 40 steps of SFT on questions.",
+        done="Pre-training for 220 steps on captions of scenes and of large print, which say all, or leave out what is "
+        "printed, or where things are (in words or as boxes); then the same 50 steps of SFT on questions.",
         start="warmup",
         arms={
-            "full": Arm(means="captions with print and with boxes", lessons=after("captions")),
+            "full": Arm(means="captions say what is printed and where things are", lessons=after("captions")),
             "no-ocr": Arm(means="what is printed left out", lessons=after("captions without print")),
-            "no-boxes": Arm(means="no order of captions tells boxes", lessons=after("captions without boxes")),
+            "no-places": Arm(means="where things are left out", lessons=after("captions without places")),
         },
-        skills=("word", "box", *others),
+        skills=("word", "place", *others),
         contrasts=(
             _above("printed words: with OCR captions above without", "full", "no-ocr", "word"),
-            _above("boxes: with grounding captions above without", "full", "no-boxes", "box"),
+            _above("places: with grounding captions above without", "full", "no-places", "place"),
             _same("colour, shape: as without OCR (±5)", "full", "no-ocr", *others, decides=False),
-            _same("colour, shape: as without boxes (±5)", "full", "no-boxes", *others, decides=False),
+            _same("colour, shape: as without places (±5)", "full", "no-places", *others, decides=False),
         ),
-        control=Control(arm="full", skills=("word", *others)),
+        control=Control(arm="full", skills=("word", "place", *others)),
     )
 
 
