@@ -7,6 +7,7 @@ train --out runs/x --resume    the stage in runs/x, with the settings it was sta
 train sft … --resume auto      begin that stage, or go on with it: the same line each time
 train sft … --dry-run          say what would be trained, and on what
 train pretrain-4b --dry-run --devices 64 --kind h100    and what it would take there
+train ablate NAME              an ablation (see `train_ablate_cli`)
 """
 
 import difflib
@@ -232,6 +233,11 @@ def _check_same_course(saved: StageRun, config: StageRun) -> None:
 
 def parse_command_line(arguments: Sequence[str]) -> Command:
     """Return the resolved config, or exit with status 2 and a reason."""
+    if list(arguments[:1]) == ["ablate"]:
+        # Not above: nothing else needs the table of ablations.
+        from train_ablate_cli import parse_ablation
+
+        return parse_ablation(arguments[1:])
     is_dry_run = DRY_RUN in arguments
     # deepspeed's launcher adds the latter; the environment says it too.
     arguments = [one for one in arguments if one != DRY_RUN and not one.startswith("--local_rank=")]
@@ -253,6 +259,7 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
         recipe = recipe or "demo"
         default = RECIPES[recipe]()
     description = f"{type(default).__doc__}\n\nRecipes: {', '.join(RECIPES)}. --config FILE starts from a saved config."
+    description += " `ablate --list` names the ablations."
     description += (
         " --checkpoint-every N is another name of --save-every N. --dry-run trains nothing and writes no run "
     )

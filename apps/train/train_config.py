@@ -13,6 +13,7 @@ from dpo_lite.config import DpoConfig
 from lora_lite.config import LoraConfig
 from perceiver_resampler.config import ResamplerConfig
 from siglip_lite.config import SiglipVisionConfig
+from train_ablate_config import AblateRun
 from trainer_lite.config import ParallelConfig, TrainConfig
 
 Part = Literal["vision_encoder", "vision_tokenizer", "lang_model"]
@@ -302,7 +303,8 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """A checked command line."""
 
     recipe: str
-    config: RunConfig
+    """Of an ablation, its name."""
+    config: RunConfig | AblateRun
     is_dry_run: bool = False
     """Whether to say only what would be trained (see `train_dry_run`)."""
     plan: PlanRequest | None = None

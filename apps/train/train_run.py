@@ -16,6 +16,8 @@ from eval_lite import write_predictions
 from interleave_data import DataError, Sample, SkipSample, TextPart, TooManySkips, WorkerError
 from lora_lite import disabled
 from phi3_lite import load_lm, train_tokenizer
+from train_ablate import run_ablation
+from train_ablate_config import AblateRun
 from train_agreement import agree_on_order, agree_on_weights, created_run, run_to_continue
 from train_config import Command, DemoRun, LanguageRun, PlanRequest, StageRun, WarmupRun, run_path
 from train_demo import run_demo
@@ -115,6 +117,8 @@ def _dispatch(command: Command, stop: StopFlag) -> bool:
         )
     if command.is_dry_run and isinstance(command.config, StageRun):
         return _dry_run(command.recipe, command.config, command.plan)
+    if isinstance(command.config, AblateRun):
+        return run_ablation(command.recipe, command.config, stop)
     if isinstance(command.config, DemoRun):
         return run_demo(command.config, stop)
     if isinstance(command.config, LanguageRun):

@@ -123,34 +123,49 @@ class WordTargets(nn.Module):
         return shares
 
 
+def cells_of(side: int, count: int) -> tuple[int, int] | None:
+    """Rows and columns of the division of a square grid into `count` equal cells that are nearest to squares.
+
+    The cells are no wider than high; None where the grid cannot be divided so.
+    """
+    fitting = [
+        (rows, count // rows)
+        for rows in range(1, math.isqrt(max(0, count)) + 1)
+        if count % rows == 0 and side % rows == 0 and side % (count // rows) == 0
+    ]
+    return fitting[-1] if fitting else None
+
+
 class DenseObjective(nn.Module):
     """Linear heads that name colour, form and symbol, the edges of what is there, and where the feature itself is.
 
     One head reads patch features. The other reads image tokens: token j answers for the patches of cell j, row-major,
-    of the square division of the tile into as many cells as there are latents. With the `words` of a language model
-    that already knows them, no head reads image tokens: two stand for each cell, and are to be the words for what is
-    drawn there (`WordTargets`).
+    of the division of the tile into as many cells as there are latents (`cells_of`). With the `words` of a language
+    model that already knows them, no head reads image tokens: two stand for each cell, and are to be the words for what
+    is drawn there (`WordTargets`).
 
     Raises:
-        ValueError: the latents are no square number (with `words`, twice one) that divides the grid.
+        ValueError: the grid cannot be divided into as many cells, or, with `words`, into half as many that are square.
     """
 
     def __init__(self, model: Blip3, words: Words | None = None) -> None:
         super().__init__()
         side, num_latents = model.cfg.vision.grid_side, model.cfg.connector.num_latents
         per_cell = 1 if words is None else 2
-        self.cells = math.isqrt(num_latents // per_cell)
-        if per_cell * self.cells**2 != num_latents or self.cells == 0 or side % self.cells:
+        cells = cells_of(side, num_latents // per_cell) if num_latents % per_cell == 0 else None
+        if cells is None or (words is not None and cells[0] != cells[1]):
             raise ValueError(
-                f"dense warm-up: expected {'' if per_cell == 1 else 'twice '}a square number of latents whose root "
-                f"divides {side}, got {num_latents}; change connector.num-latents, or use the sigmoid objective"
+                f"dense warm-up: expected {'rows × columns' if per_cell == 1 else 'twice the square'} of divisors of "
+                f"{side} as number of latents, got {num_latents}; change connector.num-latents, or use the sigmoid "
+                "objective"
             )
+        self.rows, self.columns = cells
         self.vision, self.connector = model.vision_encoder, model.vision_tokenizer
         self.side = side
         self.sizes = (NUM_COLOURS, NUM_FORMS, NUM_SYMBOLS, 4)
         self.place_head = nn.Linear(model.cfg.vision.width, 2 * side)
         self.patch_head = nn.Linear(model.cfg.vision.width, sum(self.sizes))
-        outputs = (side // self.cells) ** 2 * sum(self.sizes)
+        outputs = (side // self.rows) * (side // self.columns) * sum(self.sizes)
         self.words = None if words is None else WordTargets(words)
         self.token_head = nn.Linear(model.cfg.lm.width, outputs) if words is None else None
 
@@ -175,14 +190,14 @@ class DenseObjective(nn.Module):
             outputs = rearrange(
                 self.token_head(image_tokens),
                 "b (row col) (r c out) -> b (row r col c) out",
-                row=self.cells,
-                r=self.side // self.cells,
-                c=self.side // self.cells,
+                row=self.rows,
+                r=self.side // self.rows,
+                c=self.side // self.columns,
             )
             return self._label_loss(outputs, batch)
         assert self.words is not None
         by_cell = rearrange(image_tokens, "b (cell two) d -> b cell two d", two=2)
-        targets, num_labelled = self.words(batch.labels, self.cells)
+        targets, num_labelled = self.words(batch.labels, self.rows)
         errors = (by_cell - targets).square().sum(-1).mean(-1) / self.words.scale
         weights = torch.where(num_labelled > 0, 1.0, BLANK_WEIGHT)
         return WORD_WEIGHT * (errors * weights).sum() / weights.sum(), self.words.shares(by_cell.detach(), batch.labels)
@@ -248,7 +263,7 @@ def warmup_trainer(
     model: Blip3,
     tokenizer: HFTokenizer,
     *,
-    run: RunFolder,
+    run: RunFolder | None,
     progress: Progress,
     stop: StopFlag,
     name: str = "warmup",
@@ -257,7 +272,7 @@ def warmup_trainer(
 ) -> Trainer[Any]:
     """Make the warm-up of the vision tower of `model` (with `dense`, of its connector too) ready for `fit_warmup`.
 
-    words: as of `DenseObjective`. kinds: of the pictures, in turn.
+    words: as of `DenseObjective`. kinds: of the pictures, in turn. Without a `run` nothing is logged or saved.
 
     Raises:
         ValueError: the model's sizes do not suit the objective.
@@ -283,6 +298,8 @@ def warmup_trainer(
 def fit_warmup(trainer: Trainer[Any], model: Blip3, files: CheckpointFiles) -> FitResult:
     """Train in place, freeze the model again and leave a checkpoint of it, which can start a stage but not be resumed.
 
+    A trainer without a run leaves none.
+
     Raises:
         NonFiniteError: too many steps in a row were not finite.
     """
@@ -292,7 +309,8 @@ def fit_warmup(trainer: Trainer[Any], model: Blip3, files: CheckpointFiles) -> F
         wanted = model.vision_encoder.state_dict().keys()
         model.vision_encoder.load_state_dict({key: tower[key] for key in wanted})
     model.eval().requires_grad_(False)
-    assert trainer.run is not None
+    if trainer.run is None:
+        return result
     manifest = {"stage": trainer.stage, "is_kept": True}
     checkpoint = trainer.run.save_checkpoint(result.counters.step, files.writers(), manifest, 2)
     return replace(result, checkpoint=checkpoint)

@@ -7,7 +7,7 @@ import msgspec
 
 from anyres_tiler.config import TilingConfig
 from lora_lite.config import LoraConfig
-from perceiver_resampler.config import ResamplerConfig
+from perceiver_resampler.config import InstructedResamplerConfig, ResamplerConfig
 from phi3_lite.config import Phi3Config, SamplingConfig
 from siglip_lite.config import SiglipVisionConfig
 
@@ -24,8 +24,8 @@ class Blip3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     vision: SiglipVisionConfig
     """The vision tower."""
-    connector: ResamplerConfig
-    """What turns patch features into image tokens."""
+    connector: ResamplerConfig | InstructedResamplerConfig
+    """What turns patch features into image tokens; `instructed_perceiver` reads the question too."""
     lm: Phi3Config
     """The language model."""
     tiling: TilingConfig
@@ -50,6 +50,7 @@ class Blip3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         joints = [
             ("connector input width", self.connector.dim, "vision width", self.vision.width),
             ("connector output width", self.connector.dim_out, "language model width", self.lm.width),
+            *self._text_joint(),
             ("tile side in pixels", self.tiling.tile_px, "vision input side", self.vision.image_px),
         ]
         for name, got, of, expected in joints:
@@ -59,6 +60,11 @@ class Blip3Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(
                 f"tile_grouping: expected tiles with tiling {self.tiling.kind}, got bands; bands are of anyres tiles"
             )
+
+    def _text_joint(self) -> list[tuple[str, int, str, int]]:
+        if not isinstance(self.connector, InstructedResamplerConfig):
+            return []
+        return [("connector text width", self.connector.dim_text, "language model width", self.lm.width)]
 
     def with_base_views(self) -> "Blip3Config":
         """The same model, one view an image: without tiles there are no bands, which those of one tile equal."""

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from fused_kernels import linear_cross_entropy
-from perceiver_resampler import PerceiverResampler
+from perceiver_resampler import InstructedResamplerConfig, PerceiverResampler
 from phi3_lite import Phi3
 from siglip_lite import SiglipVision, normalise
 
@@ -19,6 +19,7 @@ from .batch import PackedBatch
 from .config import Blip3Config
 from .fusion import place_image_tokens
 from .grouping import group_images
+from .instruction import instructions
 from .noise import with_embedding_noise
 
 
@@ -69,7 +70,10 @@ class Blip3(nn.Module):
         elif batch.feature_order is not None:
             features = features.flatten(0, 1)[batch.feature_order].view_as(features)
             valid = valid.flatten()[batch.feature_order].view_as(valid)
-        return self.vision_tokenizer(features, valid).flatten(0, 1)
+        if not isinstance(self.cfg.connector, InstructedResamplerConfig):
+            return self.vision_tokenizer(features, valid).flatten(0, 1)
+        ids, is_text = instructions(batch, features.shape[0])
+        return self.vision_tokenizer(features, valid, self.lang_model.embed(ids), is_text).flatten(0, 1)
 
     def patch_features(self, tiles: UInt8[Tensor, "p 3 s s"], valid: Bool[Tensor, "p n"]) -> Float[Tensor, "p n dv"]:
         """Return what the vision tower says of each patch; a frozen tower builds no graph."""
@@ -94,7 +98,11 @@ class Blip3(nn.Module):
         side, num_patches = self.cfg.tiling.tile_px, self.cfg.vision.grid_side**2
         tiles = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
         valid = torch.ones(1, num_patches, dtype=torch.bool, device=self.device)
-        return self.vision_tokenizer(self.patch_features(tiles, valid), valid).flatten(0, 1)
+        features = self.patch_features(tiles, valid)
+        if not isinstance(self.cfg.connector, InstructedResamplerConfig):
+            return self.vision_tokenizer(features, valid).flatten(0, 1)
+        word = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        return self.vision_tokenizer(features, valid, self.lang_model.embed(word)).flatten(0, 1)
 
     def recompute_layers(self, is_wanted: bool = True) -> None:
         """Keep no activations of the layers of tower and language model in training (checkpointing), or keep them."""

@@ -3,12 +3,18 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .config import InstructedResamplerConfig as InstructedResamplerConfig
     from .config import ResamplerConfig as ResamplerConfig
     from .config import xgen_mm as xgen_mm
     from .model import PerceiverResampler as PerceiverResampler
 
-__all__ = ["PerceiverResampler", "ResamplerConfig", "xgen_mm"]
-_HOMES = {"ResamplerConfig": "config", "xgen_mm": "config", "PerceiverResampler": "model"}
+__all__ = ["InstructedResamplerConfig", "PerceiverResampler", "ResamplerConfig", "xgen_mm"]
+_HOMES = {
+    "InstructedResamplerConfig": "config",
+    "ResamplerConfig": "config",
+    "xgen_mm": "config",
+    "PerceiverResampler": "model",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""The resampler's config and the published preset; importable without torch."""
+"""The resampler's configs and the published preset; importable without torch."""
 
 import msgspec
 
@@ -44,6 +44,26 @@ class ResamplerConfig(
             raise ValueError(
                 f"ResamplerConfig.layer_norm_eps: expected a number between 0 and 1, got {self.layer_norm_eps}; "
                 "use a small positive one"
+            )
+
+
+class InstructedResamplerConfig(
+    ResamplerConfig, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="instructed_perceiver"
+):
+    """Sizes of a `PerceiverResampler` that also reads what is asked: text features are queries beside the latents.
+
+    xGen-MM (arXiv:2408.08872) tried this and found no gain.
+    """
+
+    dim_text: int
+    """Width of the text features."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim_text < 1:
+            raise ValueError(
+                f"InstructedResamplerConfig.dim_text: expected at least 1, got {self.dim_text}; "
+                "give the width of the text features"
             )
 
 

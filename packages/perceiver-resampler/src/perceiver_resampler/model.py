@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fused_kernels import attention, layer_norm, linear
 
-from .config import ResamplerConfig
+from .config import InstructedResamplerConfig, ResamplerConfig
 
 
 class LayerNorm(nn.LayerNorm):
@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
         Args:
             features: the features to read.
             latents: the latents as they stand.
-            mask: True = attend, over features then latents; None = attend to all.
+            mask: True = attend, over features then latents (and text behind them); None = attend to all.
         """
         media, normed = self.norm_media(features), self.norm_latents(latents)
         query = rearrange(self.to_q(normed), "p q (h k) -> p q h k", h=self.num_heads)
@@ -108,7 +108,8 @@ class ResamplerLayer(nn.ModuleList):
 class PerceiverResampler(nn.Module):
     """Turn any number of features into `num_latents` tokens.
 
-    Features come in the dtype of the parameters, or in any under autocast.
+    Features come in the dtype of the parameters, or in any under autocast. Of an `InstructedResamplerConfig`, projected
+    text features are further queries: the latents see them and they see all that latents see; they become no tokens.
     """
 
     def __init__(self, cfg: ResamplerConfig) -> None:
@@ -118,6 +119,8 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList(ResamplerLayer(cfg) for _ in range(cfg.depth))
         self.norm = LayerNorm(cfg.dim, eps=cfg.layer_norm_eps)
         self.projection = Linear(cfg.dim, cfg.dim_out)
+        is_instructed = isinstance(cfg, InstructedResamplerConfig)
+        self.text_projection = Linear(cfg.dim_text, cfg.dim) if is_instructed else None
         self.init_weights()
 
     @torch.no_grad()
@@ -133,7 +136,11 @@ class PerceiverResampler(nn.Module):
                     nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
     def forward(
-        self, features: Float[Tensor, "p n d"], mask: Bool[Tensor, "p n"] | None = None
+        self,
+        features: Float[Tensor, "p n d"],
+        mask: Bool[Tensor, "p n"] | None = None,
+        text: Float[Tensor, "p t dt"] | None = None,
+        text_mask: Bool[Tensor, "p t"] | None = None,
     ) -> Float[Tensor, "p q d_out"]:
         """Resample each set of features on its own.
 
@@ -146,8 +153,11 @@ class PerceiverResampler(nn.Module):
                     1 1 0 | 1 1
                     1 1 0 | 1 1
 
+            text: what is asked about each set, where the config has a place for it; None for nothing.
+            text_mask: True = text; what is masked is not seen.
+
         Raises:
-            ValueError: features of another width, or a mask of another shape.
+            ValueError: features of another width, a mask of another shape, or text for a resampler that reads none.
         """
         if features.shape[-1] != self.dim:
             raise ValueError(
@@ -165,6 +175,31 @@ class PerceiverResampler(nn.Module):
             features = features.masked_fill(~mask[..., None], 0.0)
             mask = torch.cat((mask, mask.new_ones(num_sets, len(self.latents))), dim=1)
         latents = repeat(self.latents, "q d -> p q d", p=num_sets)
+        if text is not None:
+            latents, mask = self._with_text(latents, mask, text, text_mask, features.shape[1])
         for layer in self.layers:
             latents = layer(features, latents, mask)
-        return self.projection(self.norm(latents))
+        return self.projection(self.norm(latents[:, : len(self.latents)]))
+
+    def _with_text(
+        self,
+        latents: Float[Tensor, "p q d"],
+        mask: Bool[Tensor, "p n_plus_q"] | None,
+        text: Float[Tensor, "p t dt"],
+        text_mask: Bool[Tensor, "p t"] | None,
+        num_features: int,
+    ) -> tuple[Float[Tensor, "p q_plus_t d"], Bool[Tensor, "p n_plus_q_plus_t"] | None]:
+        """Latents and projected text as queries, and what all of them may see."""
+        if self.text_projection is None:
+            raise ValueError(
+                "text: expected none for a resampler that reads none, got some; make it of an InstructedResamplerConfig"
+            )
+        queries = torch.cat((latents, self.text_projection(text)), dim=1)
+        if mask is None and text_mask is None:
+            return queries, None
+        num_sets, num_latents = latents.shape[:2]
+        if mask is None:
+            mask = torch.ones(num_sets, num_features + num_latents, dtype=torch.bool, device=latents.device)
+        if text_mask is None:
+            text_mask = mask.new_ones(text.shape[:2])
+        return queries, torch.cat((mask, text_mask), dim=1)

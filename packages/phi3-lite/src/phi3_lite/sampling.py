@@ -83,8 +83,8 @@ def generate(
     A repetition penalty counts each row's `prompt_ids` and what was generated; ids that stand for no text (image slots)
     do not belong there, and without any only what was generated counts. `ends` is asked with each step's tokens, before
     they are given out, which rows are to end with them (True), such as `StopTexts`. `cache` holds what stands before
-    each prompt; it is written on, and then holds all of a row but the last token given out. `with_margins` tells of each
-    step how close the second choice was: where that is within rounding, another batch may choose it.
+    each prompt; it is written on, and then holds all of a row but the last token given out. `with_margins` tells how
+    close each step's second choice was: where that is within rounding, another batch may choose it.
 
     Raises:
         ValueError: prompts and bounds do not fit, a prompt is empty, the stop ids are neither shared nor one sequence a
