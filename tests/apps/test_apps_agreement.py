@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ def test_data_files_that_differ_in_more_than_sources_make_other_orders(parse, se
     from train_stages import StageData
 
     stage = parse("sft").stage
-    other = {"ratios": (1.0, 2.0), "epochs": (1.0, None), "skip_limits": SkipLimits(max_share=0.5)}[setting]
+    others = {"ratios": (1.0, 2.0), "epochs": (1.0, None), "skip_limits": SkipLimits(max_share=0.5)}
+    changed: dict[str, Any] = {"ratios": (1.0, 1.0), setting: others[setting]}
     fingerprints = {
         order_fingerprint(stage, StageData([], ratios=(1.0, 1.0))),
-        order_fingerprint(stage, StageData([], **{"ratios": (1.0, 1.0), setting: other})),
+        order_fingerprint(stage, StageData([], **changed)),
         order_fingerprint(replace(stage, train=replace(stage.train, seed=9)), StageData([], ratios=(1.0, 1.0))),
     }
     assert len(fingerprints) == 3
