@@ -239,7 +239,8 @@ def backbone() -> Ablation:
         source="xGen-MM, table of vision backbones (10 B tokens of pre-training, 4 and 8 shots)",
         done=f"Towers of {_TOWER_STEPS} steps of warm-up: on labels of scenes, crowds, charts and large print; on the "
         "same without print; and on SigLIP's loss between pictures and captions. Behind each a fresh connector learns "
-        "the labels for 80 steps, the tower frozen, then SFT follows with a language model that was pre-trained behind another tower.",
+        "the labels for 80 steps, the tower frozen, then SFT follows with a language model that was pre-trained behind "
+        "another tower.",
         start="pretrain",
         arms={
             "print": arm("tower-print", "labels, print among the pictures"),
