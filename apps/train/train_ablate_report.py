@@ -11,6 +11,7 @@ from train_ablate_picture import draw
 from train_ablate_plan import Ablation, Contrast
 from train_ablate_statistics import Answers, Estimate, Verdict, contrast, judge, overall, share
 from trainer_lite import Picture, Report, Share
+from vlm_metrics import binary_f1
 
 _SHOWN_PER_SKILL = 2
 _WORDS: dict[Verdict, str] = {
@@ -31,6 +32,8 @@ class ArmFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Of each seed, on one thread."""
     losses: list[float]
     """At the last step of each seed; empty without training."""
+    absent_f1: list[float]
+    """F1 of "no" on presence questions by seed; empty where none are asked."""
 
 
 class ContrastFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,7 +131,14 @@ def _arm_figures(ablation: Ablation, arm: str, results: Sequence[ArmResult]) -> 
         skills={skill: share(_answers([one.predictions for one in results], [skill])) for skill in ablation.skills},
         seconds=[round(sum(one.seconds.values()), 1) for one in results],
         losses=[one.loss for one in results if one.loss is not None],
+        absent_f1=[_absent_f1(one.predictions) for one in results] if "presence" in ablation.skills else [],
     )
+
+
+def _absent_f1(predictions: Sequence[Prediction]) -> float:
+    asked = [one for one in predictions if one.group == "presence"]
+    said = [one.prediction.strip().lower() for one in asked]
+    return round(binary_f1(said, [one.answer for one in asked], positive="no").f1, 4)
 
 
 def write_page(
@@ -194,6 +204,10 @@ def _add_arms(report: Report, conclusion: Conclusion) -> None:
         for arm, figures in conclusion.arms.items()
     ]
     report.add_table("Right answers by arm, in %", ["arm", *skills, "time of a seed"], rows)
+    told = {arm: figures.absent_f1 for arm, figures in conclusion.arms.items() if figures.absent_f1}
+    if told:
+        facts = {arm: ", ".join(f"{one:.3f}" for one in values) for arm, values in told.items()}
+        report.add_facts(facts, 'F1 of "no" on presence questions, by seed')
     report.add_facts({arm: figures.means for arm, figures in conclusion.arms.items()}, "Arms")
 
 

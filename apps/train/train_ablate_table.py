@@ -106,8 +106,9 @@ def tokens() -> Ablation:
         "hand); MM1, arXiv:2403.09611, finds more tokens better from 64 to 144",
         done="The paper's 16, 32, 64 and 128 of 729 patches are 4, 8, 16 and 32 of 64 patches here: a quarter. The "
         "tower is shared; each arm's connector begins fresh, learns the warm-up's labels for 100 steps behind the "
-        "frozen tower, then SFT follows with a fresh language model. All arms see the same samples.",
-        start="warmup",
+        "frozen tower, then SFT follows. The language model is pre-trained, behind a connector of 16 that no arm "
+        "keeps. All arms see the same samples.",
+        start="pretrain",
         arms={
             str(number): Arm(
                 means=f"{number} image tokens a tile", lessons=(lesson,), num_latents=number, connector_steps=100
@@ -169,7 +170,7 @@ def interleaved() -> Ablation:
     return Ablation(
         title="Interleaved documents against captions",
         claim="Interleaved data are what makes few-shot good, caption data what makes zero-shot good.",
-        source="MM1, arXiv:2403.09611 §3.2 (8-shot 45 without interleaved data, above 61 with half; 0-shot 25.8 to "
+        source="MM1, arXiv:2403.09611 (8-shot 45 without interleaved data, above 61 with half; 0-shot 25.8 to "
         "39.3 as captions go from none to all); xGen-MM mixes both in equal parts",
         done="Scenes can be described in four orders. A caption is one scene in one of them; an interleaved document "
         "is two to six scenes told in the same order. All arms see 24 scenes a step, each told once. Asked is the "
@@ -226,7 +227,7 @@ def mixture() -> Ablation:
 
 def backbone() -> Ablation:
     """Vision towers of several warm-ups."""
-    lesson = _questions(120, "word", "scene")
+    lesson = _questions(140, "word", "scene")
 
     def arm(tower: str, means: str) -> Arm:
         return Arm(means=means, lessons=(lesson,), tower=tower, connector_steps=80)
@@ -238,8 +239,9 @@ def backbone() -> Ablation:
         source="xGen-MM, table of vision backbones (10 B tokens of pre-training, 4 and 8 shots)",
         done=f"Towers of {_TOWER_STEPS} steps of warm-up: on labels of scenes, crowds, charts and large print; on the "
         "same without print; and on SigLIP's loss between pictures and captions. Behind each a fresh connector learns "
-        "the labels for 80 steps, the tower frozen, then SFT follows with a fresh language model.",
-        start="warmup",
+        "the labels for 80 steps, the tower frozen, then SFT follows with a language model that was pre-trained behind "
+        "another tower.",
+        start="pretrain",
         arms={
             "print": arm("tower-print", "labels, print among the pictures"),
             "plain": arm("tower-plain", "labels, no print among the pictures"),

@@ -251,7 +251,7 @@ def toy(app, train, parse, toy_model, monkeypatch: pytest.MonkeyPatch, tmp_path:
             "plain": Arm(means="a step", lessons=(lesson,), num_latents=4),
             "fresh": Arm(means="a fresh connector", lessons=(lesson,), num_latents=2, connector_steps=1),
         },
-        skills=("colour", "shape"),
+        skills=("colour", "presence"),
         contrasts=(Contrast(says="one above the other", weights={"plain": 1, "fresh": -1}, skills=("colour",)),),
         control=Control(arm="plain", skills=("colour",)),
     )
@@ -275,6 +275,7 @@ def test_an_ablation_goes_on_where_it_stopped_and_writes_its_page(toy, tmp_path:
     assert capsys.readouterr().out == "toy: invalid\n"
     assert (found["num_seeds"], found["num_questions"]) == (3, 3)
     assert set(found["arms"]) == {"plain", "fresh"}
+    assert [len(arm["absent_f1"]) for arm in found["arms"].values()] == [3, 3]
     page = (folder / "page.html").read_text()
     assert "<script" not in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
