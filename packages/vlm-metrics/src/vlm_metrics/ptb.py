@@ -63,5 +63,5 @@ def tokenise_caption(text: str) -> list[str]:
     inner marks, and abbreviations their full stops. Full stops, commas, colons, semicolons, question and exclamation
     marks, dashes and quotes are dropped. Brackets are words, "-lrb-" and "-rrb-", as they are officially.
     """
-    words = (word.lower() for word in _TOKEN.findall(text.translate(_WRITTEN)))
+    words: list[str] = [word.lower() for word in _TOKEN.findall(text.translate(_WRITTEN))]
     return [_BRACKETS.get(word, word) for word in words if not _DROPPED.fullmatch(word)]
