@@ -248,7 +248,7 @@ def lost(forks, tmp_path_factory) -> dict[str, list[tuple[int, str]]]:
     folder = tmp_path_factory.mktemp("lost")
     # Longer than a rank that lives is ever kept from its core.
     waiting = {"steps": 6, "timeout_s": 12, "is_saved": False}
-    jobs = {"hang": {"hang": [3, 1]}, "doze": {"doze": [3, 1]}}
+    jobs: dict[str, dict[str, Any]] = {"hang": {"hang": [3, 1]}, "doze": {"doze": [3, 1]}}
     if "zero3" in ENGINES:
         jobs["stall"] = {"stall": [3, 1], "engine": "zero3"}
     launches: dict[str, dict[str, Any]] = {
