@@ -339,7 +339,9 @@ class Watchman(threading.Thread):
                     "parallel.timeout_s; all ranks end; go on with --resume auto"
                 )
         for sign, last_seen, idle_s in stuck:
-            if sign.progress == self._progress and self._is_bounded:
+            # One that others wait for is silent: they name it.
+            are_alike = sign.progress == self._progress and sign.is_waiting == self._is_waiting
+            if are_alike and self._is_bounded:
                 return (
                     f"{last_seen}, where rank {self.rank} is too, both without progress for {idle_s:.1f} s; one "
                     "of the ranks hangs, or a batch takes longer than parallel.timeout_s; all ranks end; go on with "
