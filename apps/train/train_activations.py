@@ -33,7 +33,7 @@ def kept_numbers(cfg: Blip3Config, tokens: int, tiles: int) -> dict[str, int]:
         * ((tiles * patches + groups * latents) * (connector.dim + 2 * inner)
            + groups * latents * (4 * connector.dim + 2 * inner + 2 * wide))
         + tiles * patches * connector.dim,
-        "language model": tokens * (lm.num_layers * (4 * lm.width + qkv + rotated + 4 * lm.mlp_width) + 2 * lm.width),
+        "language model": tokens * (lm.num_layers * (4 * lm.width + qkv + rotated + 3 * lm.mlp_width) + 2 * lm.width),
     }  # fmt: skip
 
 

@@ -114,6 +114,7 @@ class Op(Generic[P, R]):
             raise ValueError(f"backends of {name}: expected 'reference' as the last, got {names}; put it there")
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
+        self._able: dict[tuple[torch.device, torch.dtype], list[Backend[P, R]]] = {}
 
     def choose(
         self,
@@ -128,8 +129,13 @@ class Op(Generic[P, R]):
             BackendError: if the named backend is unknown or refuses this device, dtype or call; for "auto", if all do.
         """
         if backend == "auto":
-            for candidate in self.backends.values():
-                if candidate.refuse(device, dtype) is None and refuse_call(candidate) is None:
+            key = (device, dtype)
+            if key not in self._able:
+                # What a machine can run does not change; a decoding step of a small model asks dozens of times.
+                able = [candidate for candidate in self.backends.values() if candidate.refuse(device, dtype) is None]
+                self._able[key] = able
+            for candidate in self._able[key]:
+                if refuse_call(candidate) is None:
                     return candidate.run
             backend = "reference"
         if backend not in self.backends:
