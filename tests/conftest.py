@@ -1,8 +1,11 @@
 """Fixtures for every test: where the sample data are, and a clean, repeatable torch for each test."""
 
+import json
 import os
+import platform
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,26 @@ ROOT = Path(__file__).resolve().parents[1]
 # Without a GPU, Triton runs kernels in its interpreter. It reads this at its import, which any test may cause.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--figures FILE`: where long tests write what they measured."""
+    parser.addoption("--figures", type=Path, help="JSON lines, appended: what long tests measured")
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Add a line of figures, with the test's name and what it ran on, to the file that `--figures` names."""
+    path = request.config.getoption("--figures")
+
+    def note(**measured: object) -> None:
+        if path is None:
+            return
+        told = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "machine": platform.machine()}
+        with path.open("a") as lines:
+            lines.write(json.dumps({"test": request.node.name.partition("[")[0], **measured, **told}) + "\n")
+
+    return note
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,7 @@ _COLLECTIVES = {
     "broadcast": "broadcast",
 }
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat", "fp32_groups")
-
-
+"""Where DeepSpeed's optimisers keep them, by stage and type of weights."""
 _PARTS = ("parameters", "masters", "moments", "gradients", "bucket")
 
 
@@ -204,26 +203,8 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _process(rank: int, case: dict[str, Any], port: int, results: Any) -> None:
-    """One rank: make the engine, make two steps, say what is held."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(case["world_size"]),
-    }
-    import torch.distributed as dist
-
-    # An optional dependency; imported by whoever forks this process.
-    deepspeed: Any = importlib.import_module("deepspeed")
-    torch.set_num_threads(1)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    resident = _resident_bytes()
-    sent: dict[str, int] = {}
-    # DeepSpeed takes some of torch's functions aside when it starts.
-    _count_sent(sent, case["world_size"])
-    deepspeed.init_distributed("gloo")
+def _engine(deepspeed: Any, case: dict[str, Any]) -> tuple[Any, list[list[int]]]:
+    """DeepSpeed's engine of a case; numbers of each trained tensor, and of each frozen one."""
     torch.manual_seed(0)
     model = Blip3(models()[case["model"]])
     model.vision_encoder.requires_grad_(False)
@@ -244,14 +225,19 @@ def _process(rank: int, case: dict[str, Any], port: int, results: Any) -> None:
             "zero_allow_untested_optimizer": True,
         },
     )
-    batch = _batch(model.cfg)
+    return engine, numels
+
+
+def _two_steps(engine: Any, sent: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Bytes by part at the moments of the second step; `sent` then holds what that step has sent."""
+    batch = _batch(engine.module.model.cfg)
     moments: list[dict[str, int]] = []
     in_backward: list[dict[str, int]] = []
+    held: dict[str, dict[str, int]] = {}
 
     def look(*_: object) -> None:
         in_backward.append(held_bytes(engine))
 
-    held: dict[str, dict[str, int]] = {}
     for _ in range(2):
         sent.clear()
         moments.clear()
@@ -267,6 +253,31 @@ def _process(rank: int, case: dict[str, Any], port: int, results: Any) -> None:
     most["bucket"] = max(moment["bucket"] for moment in (*moments, *in_backward))
     held["before_step"] = most
     held["gathered"] = {"parameters": max(moment["parameters"] for moment in in_backward) - most["parameters"]}
+    return held
+
+
+def _process(rank: int, case: dict[str, Any], port: int, results: Any) -> None:
+    """One rank: make the engine, make two steps, say what is held."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(case["world_size"]),
+    }
+    import torch.distributed as dist
+
+    # An optional dependency; imported by whoever forks this process.
+    deepspeed: Any = importlib.import_module("deepspeed")
+    torch.set_num_threads(1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    resident = _resident_bytes()
+    sent: dict[str, int] = {}
+    # DeepSpeed takes some of torch's functions aside when it starts.
+    _count_sent(sent, case["world_size"])
+    deepspeed.init_distributed("gloo")
+    engine, numels = _engine(deepspeed, case)
+    held = _two_steps(engine, sent)
     grown = _resident_bytes() - resident
     results.put({"rank": rank, "numels": numels, "held": held, "sent": dict(sent), "resident_bytes_grown": grown})
     results.close()

@@ -22,6 +22,7 @@ import tyro
 from interleave_data.config import load_data_file
 from train_config import Command, DemoRun, LanguageRun, PlanRequest, RunConfig, StageRun, WarmupRun, run_path
 from train_recipes import RECIPES
+from trainer_lite.config import fitting_counts
 
 _Config = TypeVar("_Config", bound=msgspec.Struct)
 FREE_ON_RESUME = (
@@ -70,9 +71,10 @@ def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     """Split `FLAG VALUE` (or `FLAG=VALUE`) off the arguments."""
     for index, argument in enumerate(arguments):
         if argument == flag:
-            if index + 1 == len(arguments):
-                _refuse(f"{flag}: expected a name, got nothing behind it; name one")
-            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+            following = arguments[index + 1] if index + 1 < len(arguments) else "nothing"
+            if index + 1 == len(arguments) or following.startswith("--"):
+                _refuse(f"{flag}: expected a name or number, got {following} behind it; give one")
+            return following, arguments[:index] + arguments[index + 2 :]
         if argument.startswith(f"{flag}="):
             return argument.removeprefix(f"{flag}="), arguments[:index] + arguments[index + 1 :]
     return None, arguments
@@ -181,11 +183,11 @@ def _take_plan(arguments: list[str], is_dry_run: bool) -> tuple[PlanRequest | No
 def _check_plan(plan: PlanRequest, config: StageRun) -> None:
     """Refuse a number of devices that a step's packs cannot be divided among."""
     packs = config.stage.train.accumulation_steps
-    if packs % plan.devices:
-        fitting = ", ".join(str(number) for number in range(1, packs + 1) if packs % number == 0)
+    fitting = fitting_counts(packs)
+    if plan.devices not in fitting:
         _refuse(
-            f"--devices: expected a divisor of the {packs} packs of a step ({fitting}), got {plan.devices}; "
-            "choose one, or change --accumulation-steps"
+            f"--devices: expected a divisor of the {packs} packs of a step ({', '.join(map(str, fitting))}), got "
+            f"{plan.devices}; choose one, or change --accumulation-steps"
         )
 
 

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 from blip3_lite import Blip3, Blip3Config, EncodedSample, Processor, load_tokenizer, read_manifest, spans_of
 from blip3_lite.checkpoint import read_config
 from blip3_lite.model import undrawn_model
@@ -20,15 +18,13 @@ from train_config import PlanRequest, StageConfig, StageRun
 from train_errors import BadInputError
 from train_objectives import SamplePair
 from train_operations import PackShape
-from train_plan import Packs, assumed_packs, plan_lines
+from train_plan import MOMENTS_OF, Packs, assumed_packs, model_parts, plan_lines
 from train_stages import IMAGE_CACHE_BYTES, StageData, StageEncoder, base_view_processor, freeze, plan_config
 from trainer_lite import group_parameters
 
 _PACKS, _MEASURED = 16, 300
 """So many packs are planned, or those of so many samples."""
 _SHOWN, _CHARACTERS = 3, 2000
-_STATES_OF = {"adamw": 2, "muon": 1}
-"""Numbers that a rule keeps of each parameter: first and second moment, or momentum."""
 _TILES_PER_CALL = 64
 _MIB = 2**20
 
@@ -81,14 +77,9 @@ def part_sizes(model: Blip3, stage: StageConfig) -> list[PartSize]:
     """Sizes of the three parts under the freeze plan, which `freeze` must have applied; activations left out."""
     named = dict(model.named_parameters())
     kinds = {name: group.kind for group in group_parameters(named, stage.train.optimizer) for name in group.names}
-    parts: dict[str, nn.Module] = {
-        "vision tower": model.vision_encoder,
-        "connector": model.vision_tokenizer,
-        "language model": model.lang_model,
-    }
     names = {id(parameter): name for name, parameter in named.items()}
     sizes: list[PartSize] = []
-    for part, module in parts.items():
+    for part, module in model_parts(model).items():
         held = list(module.parameters())
         trained = [parameter for parameter in held if parameter.requires_grad]
         sizes.append(
@@ -99,7 +90,7 @@ def part_sizes(model: Blip3, stage: StageConfig) -> list[PartSize]:
                 weight_bytes=sum(parameter.nbytes for parameter in held),
                 gradient_bytes=sum(parameter.nbytes for parameter in trained),
                 optimizer_bytes=sum(
-                    parameter.nbytes * _STATES_OF[kinds[names[id(parameter)]]] for parameter in trained
+                    parameter.nbytes * MOMENTS_OF[kinds[names[id(parameter)]]] for parameter in trained
                 ),
             )
         )

@@ -24,7 +24,8 @@ _USED_SHARE = 0.9
 """A plan fits if it takes no more than this of a device's memory: context, NCCL and fragments take the rest [ours]."""
 _WEIGHTS = "fp32"
 """What our engines hold; `precision` bf16 is autocast's."""
-_MOMENTS_OF = {"adamw": 2, "muon": 1}
+MOMENTS_OF = {"adamw": 2, "muon": 1}
+"""Numbers that a rule keeps of each parameter: first and second moment, or momentum."""
 _SHARDINGS: tuple[tuple[str, dict[str, object]], ...] = (
     ("ZeRO-0, or DDP", {"stage": 0}),
     ("ZeRO-1", {"stage": 1}),
@@ -115,22 +116,26 @@ class _ModelSizes:
         return cls(
             [parameter.numel() for parameter in named.values() if parameter.requires_grad],
             [parameter.numel() for parameter in named.values() if not parameter.requires_grad],
-            sum(_MOMENTS_OF[group.kind] * named[name].numel() for group in groups for name in group.names),
+            sum(MOMENTS_OF[group.kind] * named[name].numel() for group in groups for name in group.names),
             in_front,
         )
+
+
+def model_parts(model: Blip3) -> dict[str, nn.Module]:
+    """The three parts by what they are called here, in the order in which a gradient would reach them last."""
+    return {
+        "vision tower": model.vision_encoder,
+        "connector": model.vision_tokenizer,
+        "language model": model.lang_model,
+    }
 
 
 def activation_bytes(model: Blip3, cfg: Blip3Config, stage: StageConfig, tiles: int, is_checkpointed: bool) -> int:
     """Estimate the bytes that a full pack keeps for the backward pass, head and loss apart."""
     number_bytes = 4 if stage.train.precision == "fp32" else 2
     numbers = (checkpointed_numbers if is_checkpointed else kept_numbers)(cfg, stage.max_tokens, tiles)
-    parts = {
-        "vision tower": model.vision_encoder,
-        "connector": model.vision_tokenizer,
-        "language model": model.lang_model,
-    }
     total, has_graph = 0, False
-    for name, part in parts.items():
+    for name, part in model_parts(model).items():
         has_graph = has_graph or any(parameter.requires_grad for parameter in part.parameters())
         if has_graph:
             total += numbers[name]
@@ -148,7 +153,7 @@ def copy_bytes(model: Blip3, stage: StageConfig) -> int:
     if stage.train.precision == "fp32":
         return 0
     total, has_graph = 0, False
-    for part in (model.vision_encoder, model.vision_tokenizer, model.lang_model):
+    for part in model_parts(model).values():
         has_graph = has_graph or any(parameter.requires_grad for parameter in part.parameters())
         linears = (module for module in part.modules() if isinstance(module, nn.Linear))
         total += sum(linear.weight.numel() for linear in linears) if has_graph else 0
@@ -195,6 +200,8 @@ def _memory_lines(
         f"in each sum: activations of a full pack, {kept:.1f} GiB, or {checkpointed:.1f} with checkpointing; "
         f"head and loss, {loss / _GIB:.1f}; autocast's copies of the weights, {copies / _GIB:.1f}; these are estimates",
         f"It fits if the sum is at most {_USED_SHARE:.0%} of the memory. Host: that of the device's own share.",
+        "Asked for by --parallel.engine ddp, zero1, zero2 or zero3; --parallel.offload-optimizer and "
+        "--parallel.offload-parameters (on the host); --parallel.recompute (checkpointed).",
     ]
 
 
@@ -269,7 +276,8 @@ def _time_lines(
             )
             step = max(computing, sending)
             cells += [f"{sending:.2f}"] if not repeated else []
-            cells += [f"{step:.2f}", f"{step * stage.train.max_steps / 86_400:.1f}"]
+            days = step * stage.train.max_steps / 86_400
+            cells += [f"{step:.2f}", f"{days:.1f}" if days >= 1 else f"{days:.2f}"]
         lines.append(f"{name:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     tokens = packs.mean_tokens * stage.train.accumulation_steps * stage.train.max_steps
     return [

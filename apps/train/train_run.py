@@ -5,19 +5,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
-from blip3_lite import Blip3, CheckpointError, FeatureCache, LoadedModel, Processor, load_tokenizer
+from blip3_lite import Blip3, FeatureCache, LoadedModel, Processor, load_tokenizer
 from blip3_lite.assembly import join_parts, load_tower
 from blip3_lite.checkpoint import read_config
-from blip3_lite.folder import file_sha256
 from blip3_lite.model import undrawn_model
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
 from interleave_data import DataError, Sample, SkipSample, TextPart, TooManySkips, WorkerError
 from phi3_lite import load_lm, train_tokenizer
-from train_cli import AUTO, NEWEST
+from train_agreement import agree_on_order, agree_on_weights, created_run, run_to_continue
 from train_config import Command, DemoRun, LanguageRun, PlanRequest, StageRun, WarmupRun, run_path
 from train_demo import run_demo
 from train_dry_run import describe_plan, describe_stage, shell_config, shell_of
@@ -34,7 +32,6 @@ from train_errors import (
     checking_input,
 )
 from train_exam import Exam, StageScores
-from train_fingerprints import code_fingerprint, num_processes, settings_fingerprint
 from train_language import run_language
 from train_report import write_run_report
 from train_stages import (
@@ -46,6 +43,7 @@ from train_stages import (
     fit_stage,
     make_stream,
     merge_adapters,
+    num_parameters,
     say,
     stage_trainer,
 )
@@ -65,8 +63,9 @@ from trainer_lite import (
     join,
     keep_freed_memory,
 )
+from trainer_lite.config import check_division
 from trainer_lite.engine import check_deepspeed
-from trainer_lite.loop import check_division
+from trainer_lite.processes import rank_and_count
 
 _TOKENIZER_SAMPLES = 2000
 
@@ -105,9 +104,11 @@ def _fail(status: int, error: Exception | str) -> int:
 
 
 def _dispatch(command: Command, stop: StopFlag) -> bool:
-    if num_processes() > 1 and not isinstance(command.config, StageRun):
+    with checking_input():
+        _, num_processes = rank_and_count()
+    if num_processes > 1 and not isinstance(command.config, StageRun):
         raise BadInputError(
-            f"processes: expected one for {command.recipe}, got {num_processes()}; start it without torchrun, or name "
+            f"processes: expected one for {command.recipe}, got {num_processes}; start it without torchrun, or name "
             "a stage, as sft"
         )
     if command.is_dry_run and isinstance(command.config, StageRun):
@@ -120,7 +121,7 @@ def _dispatch(command: Command, stop: StopFlag) -> bool:
         return _run_warmup_alone(command.recipe, command.config, stop)
     with checking_input():
         check_deepspeed(command.config.parallel)
-        check_division(command.config.stage.train.accumulation_steps, num_processes())
+        check_division(command.config.stage.train.accumulation_steps, num_processes)
     with _joined(command.config) as processes:
         return _run_stage_alone(command.recipe, command.config, stop, processes)
 
@@ -157,24 +158,19 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: P
     path = run_path(recipe, config.out)
     with checking_input():
         data = _stage_data(recipe, config)
-        if processes.count > 1:
-            settings = settings_fingerprint(recipe, config)
-            processes.agree({"code": code_fingerprint(), "settings": settings, "data": data.fingerprint})
-        # A run of which there is only a folder has died before it was one.
-        is_new = config.resume is None or (config.resume == AUTO and not RunFolder(path).config_path.exists())
-        # As the first process sees it, before it makes the folder.
-        is_new = processes.share(is_new)[0]
-        run_folder = None if is_new else _reopened(path, processes)
-        resume = None if run_folder is None else _agreed_resume_point(run_folder, str(config.resume), processes)
+        agree_on_order(recipe, config, data, processes)
+        run_folder, resume = run_to_continue(path, config, processes)
         torch.manual_seed(config.stage.train.seed)
         model, processor = _new_model(config, data) if resume is None else _model_shell(resume, data)
+        if resume is None:
+            agree_on_weights(model, processes)
         if run_folder is None:
-            run_folder = _created(path, recipe, config, processes)
+            run_folder = created_run(path, recipe, config, processes)
         elif resume is None and processes.is_first:
             run_folder.rewind(recipe, 0)
         # Kept features call the tower as often as there are new pictures: not where it is cut in parts.
-        is_cut = config.parallel.engine != "ddp"
-        features = None if config.stage.trains_tower or is_cut else _feature_cache(model, config)
+        keeps_features = not config.stage.trains_tower and not config.parallel.uses_deepspeed
+        features = _feature_cache(model, config) if keeps_features else None
         trainer = stage_trainer(
             recipe,
             config.stage,
@@ -194,7 +190,7 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: P
                 say(f"going on from {resume}, behind step {trainer.counters.step}")
     if processes.is_first:
         announce(model, path)
-        if processes.count > 1 or config.parallel.engine != "ddp":
+        if processes.count > 1 or config.parallel.uses_deepspeed:
             say(f"{processes.count} processes, {config.parallel.engine}")
     result = fit_stage(trainer, model)
     processes.part()
@@ -208,17 +204,23 @@ def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: P
         _report(run_folder, recipe, trainer)
         say(f"stopped at step {result.counters.step}; continue with uv run apps/train {recipe} --out {path} --resume")
         return False
-    if config.eval_questions > 0 and is_cut:
+    _report(run_folder, recipe, trainer, _asked(recipe, config, model, processor, features, path))
+    return True
+
+
+def _asked(
+    recipe: str, config: StageRun, model: Blip3, processor: Processor, features: FeatureCache | None, path: Path
+) -> dict[str, StageScores]:
+    """Scores of a finished stage, by its recipe; none where no questions are wanted, or the model is in parts."""
+    if config.eval_questions == 0:
+        return {}
+    if config.parallel.uses_deepspeed:
         say("no questions are asked where the model is in parts: --init the checkpoint with --max-steps 1 asks them")
-        return True
+        return {}
     if config.stage.use_lora:
         merge_adapters(model)
-    scores: dict[str, StageScores] = {}
-    if config.eval_questions > 0:
-        features = _feature_cache(model, config) if config.stage.trains_tower else features
-        scores[recipe] = _examine(recipe, model, processor, config, features, path)
-    _report(run_folder, recipe, trainer, scores)
-    return True
+    features = _feature_cache(model, config) if config.stage.trains_tower else features
+    return {recipe: _examine(recipe, model, processor, config, features, path)}
 
 
 def _report(
@@ -227,48 +229,12 @@ def _report(
     """Write report.html, and say where, if a step has been made."""
     trained = trainer.optimizers.parameters.values()
     facts = {
-        "parameters trained": f"{sum(parameter.numel() for parameter in trained) / 1e6:.2f} M",
+        "parameters trained": f"{num_parameters(trained) / 1e6:.2f} M",
         "seed": trainer.cfg.seed,
         "time of the steps": f"{trainer.counters.wall_s:.0f} s",
     }
     if write_run_report(run_folder, recipe, facts, scores):
         say(f"report {run_folder.report_path}")
-
-
-def _reopened(path: Path, processes: Processes) -> RunFolder:
-    """The run's folder; the first process alone holds and clears it."""
-    found: list[RunFolder] = [RunFolder(path)]
-
-    def reopen() -> None:
-        if processes.is_first:
-            found[0] = RunFolder.reopen(path)
-
-    processes.together("run folder", reopen)
-    return found[0]
-
-
-def _created(path: Path, recipe: str, config: StageRun, processes: Processes) -> RunFolder:
-    found: list[RunFolder] = [RunFolder(path)]
-
-    def create() -> None:
-        if processes.is_first:
-            saved = {"recipe": recipe, "config": msgspec.structs.replace(config, resume=None)}
-            found[0] = RunFolder.create(path, saved)
-
-    processes.together("run folder", create)
-    return found[0]
-
-
-def _agreed_resume_point(run_folder: RunFolder, wish: str, processes: Processes) -> Path | None:
-    """The checkpoint that the first process finds; the others must see the same one."""
-    found = _resume_point(run_folder, wish) if processes.is_first else None
-    first = processes.share(None if found is None else str(found))[0]
-    if first is None:
-        return None
-    manifest = Path(first) / "MANIFEST.json"
-    seen = file_sha256(manifest) if manifest.is_file() else "no such folder"
-    processes.agree({f"checkpoint {first}": seen})
-    return Path(first)
 
 
 def _progress(processes: Processes) -> Progress:
@@ -356,24 +322,6 @@ def _texts(data: StageData) -> Iterator[str]:
                 yield from (part.text for part in turn.parts if isinstance(part, TextPart))
             if not isinstance(sample, Sample):
                 yield from (sample.chosen, sample.rejected)
-
-
-def _resume_point(run_folder: RunFolder, wish: str) -> Path | None:
-    """The checkpoint to go on from; None where the run ended before it saved one, so that it begins again."""
-    if wish not in (NEWEST, AUTO):
-        named = Path(wish)
-        if named.resolve().parent != run_folder.checkpoints_path.resolve():
-            raise BadInputError(
-                f"--resume: expected auto, newest or a folder in {run_folder.checkpoints_path}, got {wish}; a "
-                "checkpoint of another run can start a stage with --init"
-            )
-        return named
-    found = run_folder.find_checkpoint()
-    for refused in found.refused:
-        say(f"warning: passed over: {refused}")
-    if found.path is None and found.refused:
-        raise CheckpointError(f"run folder {run_folder.path}: expected a whole checkpoint, got none; start another run")
-    return found.path
 
 
 def _feature_cache(model: Blip3, config: StageRun) -> FeatureCache | None:

@@ -1,13 +1,14 @@
 """One stage from data to checkpoint: freeze plan, stream, loop. The demo and the single-stage recipes share it."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import torch
+from torch import nn
 
 import lora_lite
 from blip3_lite import Blip3, EncodedSample, FeatureCache, PackedBatch, Processor, collate
@@ -331,10 +332,15 @@ def base_view_processor(processor: Processor) -> Processor:
     return Processor(processor.cfg.with_base_views(), processor.tokenizer, processor.limits, IMAGE_CACHE_BYTES)
 
 
+def num_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Numbers in all of them; of those that DeepSpeed has cut in parts, the whole."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
 def announce(model: Blip3, path: Path) -> None:
     """Say what is about to be trained, where it goes, and which kernels compute it."""
     parts = {"vision": model.vision_encoder, "connector": model.vision_tokenizer, "language model": model.lang_model}
-    counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    counts = {name: num_parameters(part.parameters()) for name, part in parts.items()}
     listed = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
     total = sum(counts.values()) / 1e6
     say(f"run folder {path}; {total:.2f} M parameters ({listed}); {torch.get_num_threads()} threads")
@@ -371,7 +377,7 @@ def stage_trainer(
     parallel = ParallelConfig() if parallel is None else parallel
     model.recompute_layers(parallel.recompute)
     # What is cut in parts is brought together where modules are called: the same ones then on every rank.
-    model.always_sees = is_cut = parallel.engine != "ddp"
+    model.always_sees = is_cut = parallel.uses_deepspeed
     return Trainer(
         model=Preference(model, stage.dpo, is_kept=not is_cut) if stage.objective == "preference" else NextToken(model),
         parameters=model.named_parameters(),

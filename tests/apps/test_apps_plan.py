@@ -204,6 +204,8 @@ def test_plan_of_a_data_file_goes_by_its_packs(train, capsys, toy_flags, llava_d
             "--kind: expected with --devices, got none; give --devices N and --kind a100, h100 or h200",
         ),
         (["--devices", "8", "--kind", "b9"], "--kind: expected one of a100, h100, h200, got b9"),
+        (["--devices", "--kind", "h100"], "--devices: expected a name or number, got --kind behind it"),
+        (["--kind", "h100", "--devices"], "--devices: expected a name or number, got nothing behind it"),
         (["--devices", "two", "--kind", "h100"], "--devices: expected a whole number, got two"),
         (["--devices", "0", "--kind", "h100"], "--devices: expected at least 1, got 0"),
         (

@@ -62,11 +62,22 @@ def test_two_processes_train_what_one_does_and_one_goes_on(
         assert tensor.allclose(other, rtol=1e-3, atol=1e-4), name
 
 
-def test_what_cannot_run_on_several_processes_says_so_at_once(repo_root: Path, tmp_path: Path, stage) -> None:
-    status, words = torchrun(repo_root, tmp_path, 3, *stage)
-    assert status != 0
-    assert "divides the 4 batches of a step (accumulation_steps), got 3; use one of 1, 2, 4" in words
-    assert not (tmp_path / "runs").exists()
+def test_a_number_of_processes_that_does_not_divide_a_step_is_refused_before_weights_are_read(
+    train, stage: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("train_run._new_model", lambda *_: pytest.fail("weights were read"))
+    assert train(*stage, "--parallel.timeout-s", "1") == 2
+    said = capsys.readouterr().err
+    assert "divides the 4 batches of a step (accumulation_steps), got 3; use one of 1, 2, 4" in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rank_without_the_others_says_where_it_waited(train, stage: list[str], monkeypatch, capsys) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    assert train(*stage, "--parallel.timeout-s", "1") == 2
+    assert "rendezvous 127.0.0.1:1: expected 2 processes to meet there within 1 s" in capsys.readouterr().err
 
 
 def test_the_demo_is_for_one_process(train, monkeypatch, capsys) -> None:

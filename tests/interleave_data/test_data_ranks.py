@@ -1,7 +1,8 @@
 """Ranks that tell each other what they left out: one order, one count, one state, for any number of them."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from random import Random
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from interleave_data import (
     Batch,
+    DataError,
     Encoder,
     InMemory,
     PlanConfig,
@@ -60,15 +62,35 @@ class Meeting:
         return heard
 
 
-def stream(rank: int = 0, count: int = 1, meeting: Meeting | None = None, max_share: float = 0.5) -> Stream[Any, Any]:
+class Far(InMemory):
+    """Reads something again for each pack."""
+
+    num_again = 0
+
+    def read_ahead(self, indices: Iterable[int]) -> None:
+        object.__setattr__(self, "num_again", self.num_again + 1)
+
+    def take_retries(self) -> tuple[int, str]:
+        taken = self.num_again
+        object.__setattr__(self, "num_again", 0)
+        return taken, "a cut"
+
+
+def stream(
+    rank: int = 0,
+    count: int = 1,
+    meeting: Meeting | None = None,
+    max_share: float = 0.5,
+    encoder: Encoder[Item, list[str]] | None = None,
+) -> Stream[Any, Any]:
     sources = [
-        InMemory(name, [Sample(f"{name}{i}", name, (Turn("assistant", (TextPart(name),)),)) for i in range(size)])
+        Far(name, [Sample(f"{name}{i}", name, (Turn("assistant", (TextPart(name),)),)) for i in range(size)])
         for name, size in (("pictures", 90), ("text", 41))
     ]
     cfg = PlanConfig(ratios=(2, 1), max_tokens=16, look_ahead=8, seed=3, group_by_length=True, epochs=(1, 1))
     return Stream(
         sources,
-        Words(),
+        encoder or Words(),
         cfg,
         rank=rank,
         num_ranks=count,
@@ -78,13 +100,14 @@ def stream(rank: int = 0, count: int = 1, meeting: Meeting | None = None, max_sh
     )
 
 
-def together(count: int, max_share: float = 0.5) -> list[Any]:
-    """Each rank's batches and states, or its error."""
-    meeting = Meeting(count)
+def together(count: int, max_share: float = 0.5, retries: list[dict[str, int]] | None = None) -> list[Any]:
+    """Each rank's batches and states, or its error. `retries`: gets what each counts as read again."""
+    meeting, retries = Meeting(count), [] if retries is None else retries
     ended: list[Any] = [None] * count
 
     def run(rank: int) -> None:
         made = stream(rank, count, meeting, max_share)
+        retries.append(made.skips.retries)
         batches: list[tuple[Batch[Any], dict[str, object]]] = []
         try:
             for batch in made:
@@ -117,6 +140,42 @@ def test_ranks_have_every_sample_once_in_the_order_of_one(count: int) -> None:
     for rank in ended:
         assert rank[-1][1]["skips"] == alone.state_dict()["skips"]
         assert [state for _, state in rank] == [state for _, state in ended[0]]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_any_rank_read_again_is_counted_on_each_and_logged_by_one(count: int, caplog) -> None:
+    retries: list[dict[str, int]] = []
+    num_packs = sum(len(batches) for batches in together(count, retries=retries))
+    assert num_packs > 20
+    assert retries == [{"pictures": num_packs, "text": num_packs}] * count
+    # Each time that the number of a source has doubled.
+    assert len(caplog.records) <= 2 * num_packs.bit_length()
+
+
+def test_a_sample_that_one_rank_alone_cannot_read_ends_all_ranks() -> None:
+    """Else that rank's packs would be others from there on: samples doubled here and lost there."""
+
+    class Damaged(Words):
+        def measure(self, sample: Any, limit: Size | None = None, /) -> Size:
+            if sample.id == "text17":
+                raise SkipSample(SkipReason.UNREADABLE_FILE, "on this host alone")
+            return super().measure(sample, limit)
+
+    meeting = Meeting(2)
+
+    def run(rank: int) -> list[Any]:
+        made = stream(rank, 2, meeting, encoder=Words() if rank == 0 else Damaged())
+        batches: list[Any] = []
+        with pytest.raises(DataError, match="same plan on all ranks, got another on 1 than on 0"):
+            batches.extend(batch.ids for batch in made)
+        return batches
+
+    with ThreadPoolExecutor(2) as threads:
+        ended = list(threads.map(run, range(2)))
+    assert len(ended[0]) == len(ended[1])
+    # Nothing came behind the difference.
+    expected = [batch.ids for batch in stream()]
+    assert [one for turn in zip(*ended, strict=True) for one in turn] == expected[: 2 * len(ended[0])]
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -33,6 +33,7 @@ from interleave_data import (
     SourceConfig,
     Stream,
     TextPart,
+    containers,
     http_ranges,
     load_data_file,
     open_source,
@@ -362,6 +363,24 @@ def test_an_object_that_was_replaced_is_indexed_again_on_opening(nginx, own: Pat
         opened(address)
 
 
+def test_a_copy_that_is_cut_while_it_is_indexed_is_refused(monkeypatch, nginx):
+    """As by another host that shares the cache folder, but no locks."""
+    make_index = containers.make_index
+
+    def cut(path: str) -> Any:
+        lines = Path(path).read_bytes().splitlines(keepends=True)
+        Path(path).write_bytes(b"".join(lines[:-1]))
+        return make_index(path)
+
+    monkeypatch.setattr(containers, "make_index", cut)
+    address = f"http://127.0.0.1:{nginx.port}/text-0.jsonl"
+    with pytest.raises(ShardError, match=r"text-0\.jsonl: expected \d+ bytes in the copy at .*XDG_CACHE_HOME"):
+        opened(address)
+    # Nothing of it is kept.
+    monkeypatch.setattr(containers, "make_index", make_index)
+    assert len(opened(address)) == 7
+
+
 def test_bytes_that_stay_wrong_are_skipped_as_on_a_disk(nginx, own: Path):
     path = own / "a.tar"
     write_tar(path, 0, 3)
@@ -612,6 +631,8 @@ def test_paths_of_a_data_file_may_be_addresses_and_lists(tmp_path: Path, shards:
     [
         ({"path": "ftp://host/a.tar"}, "path: expected a path, or an address with s3://"),
         ({"path": "file:///a.tar"}, "path: expected a path, or an address with s3://"),
+        ({"path": "https:/me:secret@host/a.tar"}, "path: expected https://…, got https:…; an address has two slashes"),
+        ({"path": "S3:bucket/a.tar"}, "path: expected S3://…, got S3:…; an address has two slashes"),
         ({"path": ()}, "path: expected at least one"),
         ({"path": "https://host/a.tar", "image_root": "s3://me:secret@a/b"}, "image_root: expected .*, got s3://a/b"),
         ({"path": "https://host/a.tar", "cut_shards": "skip"}, "cut_shards: expected"),
@@ -623,8 +644,12 @@ def test_a_source_refuses_what_it_cannot_read(fields, words):
 
 
 def test_an_address_without_a_host_is_refused():
-    for address in ("https:///a.tar", "https://host:port/a.tar"):
-        with pytest.raises(DataFileError, match="expected https://HOST/NAME"):
+    for address in ("https:///a.tar", "https://host:port/a.tar", "https://me:secret@[::1/a.tar"):
+        with pytest.raises(DataFileError, match="expected https://HOST/NAME") as caught:
+            opened(address)
+        assert "secret" not in str(caught.value)
+    for address in ("s3:///a.tar", "gs://bucket-of-a.tar"):
+        with pytest.raises(DataFileError, match=r"expected (s3|gs)://BUCKET/NAME"):
             opened(address)
     for address in ("http://a..b/a.tar", "http://a b/a.tar"):
         with pytest.raises(ShardError, match="an address that is none"):
@@ -635,6 +660,18 @@ def test_a_shard_that_is_named_twice_is_refused(nginx):
     address = f"http://127.0.0.1:{nginx.port}/pair-0.tar"
     with pytest.raises(DataFileError, match=r"expected each shard once, got http://127\.0\.0\.1"):
         opened((address, address))
+
+
+def test_shards_that_differ_in_their_query_alone_are_refused():
+    """One place in the cache folder would hold both indexes, in turn."""
+    with pytest.raises(DataFileError, match=r"expected each shard once, got http://host/a\.tar\?…"):
+        opened(("http://host/a.tar?part=1", "http://host/a.tar?part=2"))
+
+
+@pytest.mark.parametrize("location", ["http://host:port/a.tar", "http://[::1/a.tar", "//host:99999/a.tar"])
+def test_a_redirection_to_no_address_is_refused(location):
+    with pytest.raises(Refusal, match="an address that is none"):
+        http_ranges._next_hop(Target("http://host/a.tar"), location)
 
 
 def test_braces_are_written_out():
@@ -649,6 +686,9 @@ def test_addresses_are_shown_without_what_lets_in():
     assert shown("https://u:p@host:1/a/b.tar?sig=1") == "https://host:1/a/b.tar?…"
     assert shown("s3://u:p@bucket/a?b#c.tar") == "s3://bucket/a?b#c.tar"
     assert shown("data/a.tar") == "data/a.tar"
+    assert shown("s3://") == "s3://"
+    assert shown("https://u:p@[::1/a.tar") == "https://…"
+    assert "secret" not in repr(remote.RemoteObject("https://me:secret@host/a.tar").slice(0, 5))
 
 
 KNOWN = Version(100, '"a"')
@@ -673,6 +713,8 @@ GOOD = {"Content-Range": "bytes 10-19/100", "Content-Length": "10", "ETag": '"a"
         (416, {"Content-Range": "bytes */5"}, Refusal),
         (429, {}, Interrupted),
         (503, {}, Interrupted),
+        (522, {}, Interrupted),
+        (206, {**GOOD, "Content-Range": f"bytes 10-19/{'9' * 5000}"}, WrongAnswer),
     ],
 )
 def test_an_answer_is_held_against_the_question(status, headers, error):

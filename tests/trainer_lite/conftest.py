@@ -24,6 +24,16 @@ for _name in ("ranks_run", "ranks"):
     _spec.loader.exec_module(sys.modules[_name])
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory) -> Iterator[Any]:
+    """Has ranks forked (`ranks.Forks`)."""
+    from ranks import Forks
+
+    made = Forks(tmp_path_factory.mktemp("forks") / "stderr")
+    yield made
+    made.close()
+
+
 @dataclass
 class TinyBatch:
     sample_ids: list[str]

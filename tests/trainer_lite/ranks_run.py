@@ -1,6 +1,6 @@
-"""One rank of runs with several processes; started by torchrun or as a process with RANK, WORLD_SIZE, … set.
+"""One rank of runs with several processes; started by torchrun, or forked by `ranks_forks.py`.
 
-    python ranks_run.py FOLDER REQUEST      REQUEST: a JSON list of {"name", …} (see `Job`), done one after the other
+    torchrun … ranks_run.py FOLDER JOBS     JOBS: a JSON list of {"name", …} (see `Job`), done one after the other
 
 The model has what makes ranks wait for each other: a part that only some batches need (as pictures do a tower), table
 and head apart, two groups of parameters. What a job comes to is in FOLDER/NAME: the run folder, and rank-R.json.
@@ -12,9 +12,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -23,7 +24,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import trainer_lite.shards
-from interleave_data import samples_digest
+from interleave_data import (
+    Encoder,
+    InMemory,
+    PlanConfig,
+    Sample,
+    Size,
+    SkipCounter,
+    SkipLimits,
+    SkipReason,
+    SkipSample,
+    Stream,
+    TextPart,
+    Turn,
+    samples_digest,
+)
 from trainer_lite import (
     LossSum,
     OptimizerConfig,
@@ -54,23 +69,31 @@ class Job(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     save_every: int = 0
     poison: tuple[int, int] | None = None
     """(step, rank) whose gradient gets a NaN."""
+    blow: tuple[int, int] | None = None
+    """(step, rank) whose loss is infinite."""
     kill: tuple[int, int] | None = None
     """(step, rank) that ends itself by SIGKILL in the middle of its batches."""
     hang: tuple[int, int] | None = None
     """(step, rank) whose process is stopped there, as by a machine that swaps."""
     doze: tuple[int, int] | None = None
     """(step, rank) that waits there for what never comes, as for a file on a dead disk."""
-    is_unlike: bool = False
-    """Hosts with other data."""
+    stall: tuple[int, int] | None = None
+    """(step, rank) that waits so in the middle of its forward pass."""
+    unlike: str = ""
+    """What is another on each host: its code, or its data."""
+    width: int = WIDTH
+    """Another makes it another model."""
+    is_saved: bool = True
+    """Write checkpoints, at least one at the end."""
     refuse_shard: int | None = None
     """The rank whose disk is full when a checkpoint is written."""
     pause_s: float = 0.0
     """What each batch takes longer."""
     offload: bool = False
-    timeout_s: float = 60.0
+    timeout_s: float = 300.0
     kinds: str = "mixed"
     """mixed: as they come; apart: rank 0's batches have text alone, rank 1's pictures alone; empty: some batches have
-    no target, some no sample."""
+    no target, some no sample; epoch: no training, but one time through the samples of a stream (`epoch`)."""
     is_idle_run: bool = True
     """Run the tower where there is no picture, as a model must under ZeRO; without it as the control."""
 
@@ -81,20 +104,21 @@ class Rows:
     inputs: Tensor
     targets: Tensor
     tiles: Tensor
-    """float[p, WIDTH]: p tiles, 0, 1 or 13."""
+    """float[p, width]: p tiles, 0, 1 or 13."""
     num_targets: int
     num_tokens: int
 
 
 class Network(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(11, WIDTH)
-        self.tower = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))
-        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.body = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.head = nn.Linear(WIDTH, 7, bias=False)
+        self.width = width
+        self.table = nn.Embedding(11, width)
+        self.tower = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, width))
+        self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.norm = nn.LayerNorm(width)
+        self.body = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.head = nn.Linear(width, 7, bias=False)
         self.is_idle_run = True
 
     def forward(self, batch: Rows) -> Tensor:
@@ -102,7 +126,7 @@ class Network(nn.Module):
         if len(batch.tiles):
             x = x + self.tower(batch.tiles).mean(0)
         elif self.is_idle_run:
-            x = x + 0.0 * self.tower(torch.zeros(1, WIDTH)).sum()
+            x = x + 0.0 * self.tower(torch.zeros(1, self.width)).sum()
         x = self.frozen(x)
         for layer in self.body:
             x = x + torch.tanh(layer(self.norm(x)))
@@ -110,13 +134,17 @@ class Network(nn.Module):
 
 
 class Model:
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         torch.manual_seed(1)
-        self.network = Network()
+        self.network = Network(width)
+        self.factor = 1.0
+        self.pause_s = 0.0
 
     def loss(self, batch: Rows) -> LossSum:
+        time.sleep(self.pause_s)
         scores = self.network(batch)
         losses = nn.functional.cross_entropy(scores.float(), batch.targets, reduction="sum", ignore_index=-100)
+        losses = losses * self.factor
         return LossSum(losses, batch.num_targets, {"first": float(losses.detach())})
 
 
@@ -166,7 +194,7 @@ class Batches:
         num_tiles = (0, 13, 1, 0, 1, 13)[number % 6]
         if self.job.kinds == "apart":
             num_tiles = 0 if number % 2 == 0 else 13
-        tiles = torch.randn(num_tiles, WIDTH, generator=drawn)
+        tiles = torch.randn(num_tiles, self.job.width, generator=drawn)
         ids = [f"s{number}.{place}" for place in range(length)]
         if self.job.kinds == "empty" and number % 5 == 2:
             targets = torch.full_like(targets, -100)
@@ -181,10 +209,52 @@ class Batches:
         self.position = state["position"]
 
 
+class Item:
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+
+class Words(Encoder[Item, list[str]]):
+    """A sample of "pictures" is bad every fifth time, which only its decoding tells."""
+
+    def measure(self, sample: Sample, limit: Size | None = None, /) -> Size:
+        return Size(Random(sample.id).randint(1, 16), 0)
+
+    def encode(self, sample: Sample, limit: Size | None = None, /) -> Item:
+        if sample.id.startswith("pictures") and Random(f"bad {sample.id}").random() < 0.2:
+            raise SkipSample(SkipReason.BROKEN_IMAGE, "drawn to be bad")
+        return Item(self.measure(sample).tokens)
+
+    def collate(self, items: Sequence[Item], ids: Sequence[str], /) -> list[str]:
+        return list(ids)
+
+
+def epoch(processes: Processes) -> dict[str, Any]:
+    """This rank's share of one time through two sources, packed by length: the ids in each pack."""
+    sources = [
+        InMemory(name, [Sample(f"{name}{i}", name, (Turn("assistant", (TextPart(name),)),)) for i in range(size)])
+        for name, size in (("pictures", 90), ("text", 41))
+    ]
+    stream = Stream(
+        sources,
+        Words(),
+        PlanConfig(ratios=(2, 1), max_tokens=16, look_ahead=8, seed=3, group_by_length=True, epochs=(1, 1)),
+        rank=processes.rank,
+        num_ranks=processes.count,
+        skips=SkipCounter(SkipLimits(max_share=0.5)),
+        exchange=processes.exchange if processes.count > 1 else None,
+        keep_empty=True,
+    )
+    packs = [list(batch.ids) for batch in stream]
+    return {"packs": packs, "skips": dict(stream.skips.by_reason())}
+
+
 def run(job: Job, folder: Path, processes: Processes) -> dict[str, Any]:
     path = folder / job.name
-    if job.is_unlike:
-        processes.agree({"code": "the same", "data": f"fingerprint {processes.rank}"})
+    if job.kinds == "epoch":
+        return epoch(processes)
+    if job.unlike:
+        processes.agree({"settings": "the same", job.unlike: f"fingerprint {processes.rank}"})
     cfg = TrainConfig(
         max_steps=job.steps,
         accumulation_steps=job.accumulation,
@@ -194,9 +264,9 @@ def run(job: Job, folder: Path, processes: Processes) -> dict[str, Any]:
         save_every=job.save_every,
         grad_clip=0.5,
     )
-    made = Model()
+    made = Model(job.width)
     made.network.is_idle_run = job.is_idle_run
-    state: dict[str, Any] = {"moved": []}
+    state: dict[str, Any] = {}
 
     def on_batch(number: int) -> None:
         time.sleep(job.pause_s)
@@ -207,6 +277,9 @@ def run(job: Job, folder: Path, processes: Processes) -> dict[str, Any]:
             os.kill(os.getpid(), 19)
         if job.doze == (step, processes.rank):
             time.sleep(1000)
+        # A step's batches are all fetched before the first of them is run.
+        made.factor = float("inf") if job.blow == (step, processes.rank) else 1.0
+        made.pause_s = 1000.0 if job.stall == (step, processes.rank) else 0.0
         if job.poison == (step, processes.rank):
             for parameter in made.network.parameters():
                 if parameter.requires_grad:
@@ -230,7 +303,7 @@ def run(job: Job, folder: Path, processes: Processes) -> dict[str, Any]:
         stream=Batches(job, processes, on_batch),
         cfg=cfg,
         run=run_folder,
-        files=files,
+        files=files if job.is_saved else None,
         processes=processes,
         parallel=ParallelConfig(engine=job.engine, offload_optimizer=job.offload, timeout_s=job.timeout_s),  # pyright: ignore[reportArgumentType]
         network=made.network,
@@ -252,16 +325,18 @@ def run(job: Job, folder: Path, processes: Processes) -> dict[str, Any]:
                 found[f"{name}/{key}"] = trainer.engine.whole(live[name], name, key)
         return samples_digest([f"{name} {tensor.float().flatten().tolist()}" for name, tensor in found.items()])
 
-    if job.poison is not None:
-        at = job.poison[0]
+    if job.poison is not None or job.blow is not None:
+        spoilt = [place[0] for place in (job.poison, job.blow) if place is not None]
+        state |= {"before": [], "after": []}
         step = trainer._step
 
         def stepped(batches: Any) -> Any:
-            if trainer.counters.step + 1 == at:
-                state["before"] = digest()
+            at = trainer.counters.step + 1
+            if at in spoilt:
+                state["before"].append(digest())
             record = step(batches)
-            if trainer.counters.step == at:
-                state["after"] = digest()
+            if at in spoilt:
+                state["after"].append(digest())
             return record
 
         trainer._step = stepped

@@ -6,7 +6,8 @@ import sys
 import msgspec
 import pytest
 
-from trainer_lite import OptimizerConfig, ScheduleConfig, TrainConfig, learning_rate_factor
+from trainer_lite import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig, learning_rate_factor
+from trainer_lite.config import check_division
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,14 @@ from trainer_lite import OptimizerConfig, ScheduleConfig, TrainConfig, learning_
         (lambda: OptimizerConfig(learning_rate=float("nan")), r"optimizer.learning_rate: .+ got nan"),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), r"optimizer.betas\[1\]: expected 0 <= beta < 1, got 1.0"),
         (lambda: OptimizerConfig(learning_rate_scales={"vit.": -1}), r"learning_rate_scales\['vit.'\]: .+ got -1"),
+        (
+            lambda: ParallelConfig(timeout_s=0.0),
+            r"parallel.timeout_s: expected seconds, above 0 and at most .+ got 0.0",
+        ),
+        (lambda: ParallelConfig(timeout_s=float("inf")), r"parallel.timeout_s: expected seconds, .+ got inf"),
+        (lambda: ParallelConfig(offload_parameters=True), r"parallel.offload_parameters: expected zero3, got 'ddp'"),
+        (lambda: check_division(12, 5), "divides the 12 batches of a step .+ got 5; use one of 1, 2, 3, 4, 6, 12"),
+        (lambda: check_division(12, 24), "divides the 12 batches of a step .+ got 24; use one of"),
         (lambda: ScheduleConfig(min_ratio=1.5), r"schedule.min_ratio: expected 0 <= x <= 1, got 1.5"),
     ],
 )

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from ranks import PROGRAM, furthest, losses, needs_deepspeed
+from ranks import PROGRAM, digests, furthest, losses, needs_deepspeed
 from ranks_run import Job, run
 
 from trainer_lite import Processes, read_metrics
@@ -22,6 +22,7 @@ HOSTS = ("blip3-host0", "blip3-host1")
 WIRES = ("blip3-wire0", "blip3-wire1")
 ADDRESSES = ("10.77.13.1", "10.77.13.2")
 PORT = 29511
+STEPS, TIMEOUT_S, MOST_S = 30, 20, 300
 
 
 def ip(*arguments: str) -> bool:
@@ -84,23 +85,30 @@ def num_steps(folder: Path) -> int:
 
 
 @needs_deepspeed
-def test_a_cut_between_hosts_is_named_and_the_run_goes_on(hosts, tmp_path: Path) -> None:
-    job = {"name": "cut", "engine": "zero2", "steps": 12, "save_every": 2, "resume": True, "timeout_s": 6}
+def test_a_cut_between_hosts_is_named_and_the_run_goes_on(hosts, figures, tmp_path: Path) -> None:
+    job = {"name": "cut", "engine": "zero2", "steps": STEPS, "save_every": 2, "resume": True, "timeout_s": TIMEOUT_S}
     started = start(tmp_path, {**job, "pause_s": 0.15})
     begun_s = time.monotonic()
-    while num_steps(tmp_path) < 5 and time.monotonic() < begun_s + 60:
+    while num_steps(tmp_path) < 5 and time.monotonic() < begun_s + MOST_S:
         time.sleep(0.05)
     assert ip("-n", HOSTS[0], "link", "set", WIRES[0], "down")
     cut_s = time.monotonic()
-    (first, words), (second, others) = end(started, 60)
-    assert time.monotonic() - cut_s < 50
+    (first, words), (second, others) = end(started, MOST_S)
+    ended_s = time.monotonic() - cut_s
     assert first not in (0, None)
     assert second not in (0, None)
     assert "rank 1 (" in words, words[-3000:]
     assert "no sign of life" in words
     assert "rank 1 reaches nobody" in others or "rank 0 (" in others, others[-3000:]
-    assert 5 <= num_steps(tmp_path) < 12
+    done = num_steps(tmp_path)
+    assert 5 <= done < STEPS
     assert ip("-n", HOSTS[0], "link", "set", WIRES[0], "up")
-    end(start(tmp_path, job), 60)
-    run(Job(name="whole", steps=12), tmp_path, Processes())
-    assert furthest(losses(tmp_path, "cut"), losses(tmp_path, "whole")) < 1e-6
+    end(start(tmp_path, job), MOST_S)
+    run(Job(name="whole", steps=STEPS, is_saved=False), tmp_path, Processes())
+    off = furthest(losses(tmp_path, "cut"), losses(tmp_path, "whole"))
+    silent_s = float(words.partition("no sign of life for ")[2].partition(" s")[0])
+    figures(
+        hosts=2, cut_behind_step=done, timeout_s=TIMEOUT_S, named_after_s=silent_s, ended_after_s=ended_s, most_off=off
+    )
+    assert digests(tmp_path, "cut") == digests(tmp_path, "whole")
+    assert off <= 1e-6

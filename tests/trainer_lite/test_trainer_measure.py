@@ -27,8 +27,8 @@ def test_tensors_made_anew_touch_no_new_pages_where_freed_memory_is_kept() -> No
     for mode in ("kept", "given back"):
         done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
         faults[mode] = int(done.stdout)
-    # Sixteen times two tensors of 36 MiB, 9,216 pages each: beyond 32 MiB glibc alone always hands them back. Small things
-    # that lie between let the heap grow by a tensor now and then in the first ten rounds or so, then it is large enough;
-    # a kernel that reclaims idle memory takes some pages at any time.
+    # Sixteen times two tensors of 36 MiB, 9,216 pages each: beyond 32 MiB glibc alone always hands them back. Small
+    # things that lie between let the heap grow by a tensor now and then in the first ten rounds, then it is large
+    # enough; a kernel that reclaims idle memory takes some pages at any time.
     assert faults["given back"] >= 32 * 9216
     assert faults["kept"] <= faults["given back"] / 4

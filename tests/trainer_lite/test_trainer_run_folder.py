@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from trainer_lite import (
@@ -152,13 +153,17 @@ def test_metrics_rewind_forgets_redone_steps_and_later_stages(tmp_path):
 
 def test_metrics_survive_a_cut_line_and_a_loss_that_is_not_finite(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.append(record("sft", 1, math.inf))
+    parts = {"text": math.nan, "pictures": 0.5}
+    log.append(msgspec.structs.replace(record("sft", 1, math.inf), parts=parts, evaluation={"loss": math.inf}))
     log.append(record("sft", 2))
     with log.path.open("ab") as file:
         file.write(b'{"stage":"sf')
     first, second = read_metrics(log.path)
     assert math.isnan(first.loss)
     assert first.loss_hex == "inf"
+    assert math.isnan(first.parts["text"])
+    assert first.parts["pictures"] == 0.5
+    assert math.isnan(first.evaluation["loss"])
     assert second == record("sft", 2)
     log.rewind("sft", 9)
     log.append(record("sft", 3))

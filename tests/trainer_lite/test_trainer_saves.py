@@ -33,9 +33,9 @@ def names(run: RunFolder) -> list[str]:
     return sorted(path.name for path in run.checkpoints_path.iterdir())
 
 
-def begun(tiny, folder: Path, **settings):
+def begun(tiny, folder: Path, progress=None, **settings):
     run = RunFolder.create(folder, {})
-    return run, tiny.trainer(TrainConfig(save_every=2, **settings), run=run, with_files=True)
+    return run, tiny.trainer(TrainConfig(save_every=2, **settings), run=run, with_files=True, progress=progress)
 
 
 def on_a_disk_that_is_full_at(run: RunFolder, *steps: int, num_bytes: int = 100) -> None:
@@ -92,8 +92,7 @@ def test_full_disk_may_be_only_a_warning_until_the_end(tiny, tmp_path):
         def line(self, text: str) -> None:
             lines.append(text)
 
-    run, trainer = begun(tiny, tmp_path / "run", max_steps=9, keep_last=1, on_save_error="warn")
-    trainer.progress = Lines()
+    run, trainer = begun(tiny, tmp_path / "run", Lines(), max_steps=9, keep_last=1, on_save_error="warn")
     on_a_disk_that_is_full_at(run, 4, 6)
     result = trainer.fit()
     assert names(run) == ["latest", "step-00000009"]
@@ -147,7 +146,7 @@ def test_what_the_thread_makes_whole_is_the_step_it_was_written_at(tiny, tmp_pat
     """The tensors move on while the digests are taken; the file must not."""
     from safetensors.torch import load_file
 
-    import trainer_lite.loop as loop
+    import trainer_lite.saving as saving
     from trainer_lite.background import BackgroundSave
 
     class Late(BackgroundSave):
@@ -163,7 +162,7 @@ def test_what_the_thread_makes_whole_is_the_step_it_was_written_at(tiny, tmp_pat
         def wait(self) -> Path:
             return self.finish()
 
-    monkeypatch.setattr(loop, "BackgroundSave", Late)
+    monkeypatch.setattr(saving, "BackgroundSave", Late)
     run, trainer = begun(tiny, tmp_path / "run", max_steps=5, keep_last=9)
     seen = {}
     trainer.on_step = lambda record: seen.update({record.step: trainer.model.network[0].weight.detach().clone()})

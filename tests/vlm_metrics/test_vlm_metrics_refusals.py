@@ -35,7 +35,7 @@ def test_is_refusal_own_keywords_replace_the_list() -> None:
 
 
 def test_attack_success_rate_counts_answers_without_refusal() -> None:
-    assert attack_success_rate(["a boat", "Sorry, no.", "I cannot.", "blue"]) == 0.5
+    assert attack_success_rate(["a boat", "Sorry, no.", "red", "blue"]) == 0.75
 
 
 def test_attack_success_rate_of_nothing_raises() -> None:

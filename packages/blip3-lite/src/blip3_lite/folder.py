@@ -42,6 +42,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seal(path: Path) -> dict[str, object]:
+    """Bring a written file to the disk; return its entry in the manifest."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
 class UnfinishedFolder:
     """A folder whose files are written but not yet on disk for sure; `finish` makes it whole and puts it in its place.
 
@@ -85,8 +91,7 @@ class UnfinishedFolder:
         try:
             files: dict[str, Mapping[str, object]] = dict(self._given)
             for name in self._names:
-                _sync(work / name)
-                files[name] = {"bytes": (work / name).stat().st_size, "sha256": file_sha256(work / name)}
+                files[name] = seal(work / name)
             body = msgspec.json.format(msgspec.json.encode({**manifest, "files": files}), indent=2)
             (work / MANIFEST).write_bytes(body)
             _sync(work / MANIFEST)

@@ -165,6 +165,10 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if not self.name:
             raise ValueError("name: expected some text, got none; name the source for logs and counters")
         for path in self.paths:
+            scheme, colon, _ = path.partition(":")
+            if colon and scheme.lower() in SCHEMES and not is_remote(path):
+                # Not shown whole: it may hold a password.
+                raise ValueError(f"path: expected {scheme}://…, got {scheme}:…; an address has two slashes there")
             if is_remote(path) and scheme_of(path) not in SCHEMES:
                 schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
                 raise ValueError(

@@ -143,6 +143,13 @@ def write_remote_index(
             index = make_index(place)
         except ShardError as error:
             raise ShardError(str(error).replace(place, shown(remote.address))) from error
+        else:
+            # A lock that a network's file system does not keep lets another process write there.
+            if index.shard_bytes != version.num_bytes:
+                raise ShardError(
+                    f"{shown(remote.address)}: expected {version.num_bytes} bytes in the copy at {place}, got "
+                    f"{index.shard_bytes}; name a cache folder that this host has to itself (XDG_CACHE_HOME)"
+                )
         finally:
             if os.path.exists(place):
                 os.unlink(place)

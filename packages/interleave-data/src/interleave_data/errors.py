@@ -86,8 +86,8 @@ class _SourceCount(msgspec.Struct, kw_only=True):
 class SkipCounter:
     """Count what was seen and what was skipped, by source and reason, and stop a run that skips too much.
 
-    Reads that had to be tried again are counted too, though no sample is lost by them: of this process and not in the
-    saved state, since they say something of the network and nothing of the data.
+    Reads that had to be tried again are counted too, though no sample is lost by them: since this process began and not
+    in the saved state, since they say something of the network and nothing of the data.
     """
 
     def __init__(
@@ -132,11 +132,11 @@ class SkipCounter:
                 f"({by_reason}); the last was {skip}; repair the source or raise max_share"
             ) from skip
 
-    def retry(self, source: str, count: int, last: str) -> None:
+    def retry(self, source: str, count: int, last: str, *, is_logged: bool = True) -> None:
         """Count reads that had to be tried again; the log hears of it each time that their number has doubled."""
         before = self.retries.get(source, 0)
         self.retries[source] = before + count
-        if self.retries[source].bit_length() > before.bit_length():
+        if is_logged and self.retries[source].bit_length() > before.bit_length():
             _log.warning("%s: %d reads had to be tried again so far, the last %s", source, before + count, last)
 
     def truncate(self, source: str) -> None:

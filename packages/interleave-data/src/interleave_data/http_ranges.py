@@ -30,8 +30,10 @@ from .places import shown
 _SLOWEST_BYTES_PER_S = 1 << 16
 _MAX_HOPS = 5
 _MAX_IDLE = 16
-_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]+)-([0-9]+)|\*)/([0-9]+|\*)")
-_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+# No longer numbers than a size can have: Python refuses to read some that a header could hold.
+_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18}|\*)")
+_AGAIN = (408, 425, 429)
+"""Beside the server's own errors, of which caches in front of it have more than the standard names (520 to 527)."""
 
 
 class Target(NamedTuple):
@@ -86,7 +88,7 @@ def check_answer(
     tag = (headers.get("ETag") or headers.get("Last-Modified") or "").removeprefix("W/")
     if status == 416 and known is None and found is not None and found[3] == "0":
         return 0, Version(0, tag)
-    if status in _AGAIN:
+    if status in _AGAIN or status >= 500:
         raise Interrupted(f"status {status}")
     if status == 200:
         raise WrongAnswer("status 200 with the whole object where a range was asked for (the server serves no ranges)")
@@ -163,13 +165,21 @@ def _said(error: Exception) -> str:
 
 
 def _next_hop(target: Target, location: str) -> Target:
-    address = urljoin(target.address, location)
-    before, after = urlsplit(target.address), urlsplit(address)
-    if not location or after.scheme not in ("http", "https") or (before.scheme, after.scheme) == ("https", "http"):
+    try:
+        address = urljoin(target.address, location)
+        before, after = _place(target.address), _place(address)
+    except ValueError:
+        raise Refusal("a redirection to an address that is none") from None
+    if not location or after[0] not in ("http", "https") or (before[0], after[0]) == ("https", "http"):
         raise Refusal(f"a redirection to {shown(address) if location else 'nowhere'}, which is not followed")
-    is_same = (before.scheme, before.hostname, before.port) == (after.scheme, after.hostname, after.port)
     # What lets us in here is not for another host.
-    return Target(address, target.headers if is_same else {})
+    return Target(address, target.headers if before == after else {})
+
+
+def _place(address: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port."""
+    parts = urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port
 
 
 @dataclass

@@ -9,7 +9,7 @@ from .config import DataFile, DataFileError, RemoteLimits, SourceConfig
 from .containers import SUFFIXES, shard_kind
 from .errors import ShardError
 from .formats import FORMATS, Setting
-from .places import is_remote, shown
+from .places import is_remote, local_place, shown
 from .record_source import OnIndex, RecordSource
 from .sources import Source
 
@@ -95,7 +95,9 @@ def shard_paths(cfg: SourceConfig) -> list[str]:
         ShardError: if a store of objects cannot be asked.
     """
     paths = [found for path in cfg.paths for found in _find_shards(cfg.name, path)]
-    if repeated := [path for path, count in Counter(paths).items() if count > 1]:
+    # Addresses that differ in their query alone are one place: their indexes would replace each other.
+    places = Counter(map(local_place, paths))
+    if repeated := [path for path in paths if places[local_place(path)] > 1]:
         raise DataFileError(f"{cfg.name}: expected each shard once, got {shown(repeated[0])} again; check `path`")
     return paths
 

@@ -35,11 +35,16 @@ def shown(path: str) -> str:
     """What messages say of a path or an address: no user's name, no password, and no query, which may be signed."""
     if not is_remote(path):
         return path
-    parts = urlsplit(path)
-    host = parts.netloc.rpartition("@")[2]
-    if scheme_of(path) not in ("http", "https"):
-        return f"{parts.scheme}://{host}{path[path.index(parts.netloc) + len(parts.netloc) :]}"
-    return f"{parts.scheme}://{host}{parts.path}{'?…' if parts.query else ''}"
+    scheme = scheme_of(path)
+    if scheme not in ("http", "https"):
+        bucket, slash, name = path.split("://", 1)[1].partition("/")
+        return f"{scheme}://{bucket.rpartition('@')[2]}{slash}{name}"
+    try:
+        parts = urlsplit(path)
+    except ValueError:
+        # Of what cannot be taken apart nobody knows where a password ends.
+        return f"{scheme}://…"
+    return f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{'?…' if parts.query else ''}"
 
 
 def file_name(path: str) -> str:

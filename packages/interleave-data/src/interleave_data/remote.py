@@ -80,7 +80,8 @@ class Retries:
 class RemoteObject:
     """An object at an address; `known` is what its index says it is."""
 
-    address: str
+    # It may hold a password, which is not for whoever prints this.
+    address: str = field(repr=False)
     limits: RemoteLimits = field(default_factory=RemoteLimits)
     known: Version | None = None
     retries: Retries = field(default_factory=Retries, compare=False)
@@ -299,10 +300,11 @@ class _Kept:
             return self._data.get(key)
 
     def put(self, remote: RemoteObject, span: tuple[int, int], data: bytes) -> None:
-        self.drop(remote, span)
+        key = remote.address, remote.known, span
         with self._lock:
-            self._data[remote.address, remote.known, span] = data
-            self.num_bytes += len(data)
+            # Two that have read the same put it here one after the other.
+            self.num_bytes += len(data) - len(self._data.pop(key, b""))
+            self._data[key] = data
             while self.num_bytes > _KEPT_BYTES:
                 self.num_bytes -= len(self._data.popitem(last=False)[1])
 

@@ -49,7 +49,7 @@ def find_objects(address: str) -> list[str]:
 
     Raises:
         ShardError: if the store cannot be asked, or is a web server, which lists nothing.
-        ValueError: if that are too many, or an address names no host.
+        ValueError: if that are too many, or an address names no host or no bucket.
     """
     return [found for one in expand(address) for found in _matches(one)]
 
@@ -66,6 +66,9 @@ def _matches(address: str) -> Iterator[str]:
             )
         yield address
         return
+    bucket, _, name = address.split("://", 1)[1].partition("/")
+    if not bucket or not name:
+        raise ValueError(f"path: expected {scheme}://BUCKET/NAME, got {shown(address)}; check the address")
     if not _PATTERN & set(address):
         yield address
         return

@@ -11,12 +11,15 @@ settings are compared with those it was saved with.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Generic, cast
+
+import msgspec
 
 from .changes import shards_of
 from .config import PlanConfig
-from .errors import SkipCounter
-from .making import Encoded, Encoder, Event, Made, Maker, Packed, decode_events, encode_events
+from .errors import DataError, SkipCounter
+from .making import Encoded, Encoder, Event, Made, Maker, Packed, Retried, decode_events, encode_events, sendable
 from .plan import Plan
 from .samples import samples_digest
 from .sources import Source
@@ -42,6 +45,16 @@ class Batch(Generic[Packed]):
     def digest(self) -> str:
         """Digest of the ordered ids."""
         return samples_digest(self.ids)
+
+
+class _Said(msgspec.Struct, array_like=True):
+    """What ranks tell each other behind each round of packs."""
+
+    plan: bytes
+    """Digest of the plan's state, which each rank has computed by itself."""
+    events: bytes
+    """Of this rank's pack (`making.encode_events`)."""
+    retried: list[tuple[str, int, str]]
 
 
 class Stream(Generic[Encoded, Packed]):
@@ -70,7 +83,8 @@ class Stream(Generic[Encoded, Packed]):
         `rank` of `num_ranks` gets every so many-th pack; with more than one rank a pack in which nothing is left comes
         as a batch of nothing, as the ranks must keep in step, and each counts the holes of its own packs. With an
         `exchange`, which gives every rank what each of them brings, by rank, each counts the holes of all, in the order
-        of the packs, and the state is the same on every rank; all ranks must then ask for batches alike.
+        of the packs, and what any had to read again; the state is the same on every rank, which is checked; all ranks
+        must then ask for batches alike.
         `keep_empty`: also one rank alone gives out packs of nothing, so that a step of so many packs is the same for
         any number of ranks.
         `data_timeout_s` bounds the wait for one pack of a worker.
@@ -100,17 +114,19 @@ class Stream(Generic[Encoded, Packed]):
 
         Raises:
             TooManySkips: a source is worse than the limits allow.
-            DataError: a shard is not what it was, or a sample is too long where that is an error.
+            DataError: a shard is not what it was, a sample is too long where that is an error, or ranks have planned
+                different packs.
             WorkerError: a worker died or lets us wait for too long.
             StoppedWaiting: see `stop_waiting_if`.
         """
         while True:
             made = self._next_made()
             self._consumed = made.state
-            # With workers, what was read again here was so on opening.
-            for retried in (*self._maker.take_retries(), *made.retried):
-                self.skips.retry(*retried)
-            for event in self._events(made):
+            events, retried = self._heard(made)
+            for one in retried:
+                # Of ranks that all hear of it, one tells.
+                self.skips.retry(*one, is_logged=self._exchange is None or self._maker.rank == 0)
+            for event in events:
                 if event.hole is not None:
                     self.skips.skip(event.source, event.hole.skip, event.hole.follows_good)
                     continue
@@ -120,11 +136,32 @@ class Stream(Generic[Encoded, Packed]):
             if made.ids or self._keep_empty:
                 return Batch(made.number, made.data, made.ids, made.size.tokens, made.size.tiles)
 
-    def _events(self, made: Made[Packed]) -> Sequence[Event]:
-        """What became of the samples of this rank's pack, or of all ranks' packs of the round."""
+    def _heard(self, made: Made[Packed]) -> tuple[Sequence[Event], Sequence[Retried]]:
+        """What became of samples and of reads, for this rank's pack or for all ranks' packs of the round.
+
+        Raises:
+            DataError: on every rank, if one has planned other packs.
+        """
+        # With workers, what was read again here was so on opening.
+        retried = (*self._maker.take_retries(), *made.retried)
         if self._exchange is None:
-            return made.events
-        return [event for part in self._exchange(encode_events(made.events)) for event in decode_events(part)]
+            return made.events, retried
+        said = _Said(
+            sha256(msgspec.msgpack.encode(made.state)).digest(),
+            encode_events(made.events),
+            [(source, count, sendable(last)) for source, count, last in retried],
+        )
+        told = [msgspec.msgpack.decode(part, type=_Said) for part in self._exchange(msgspec.msgpack.encode(said))]
+        if others := [str(rank) for rank, theirs in enumerate(told) if theirs.plan != told[0].plan]:
+            raise DataError(
+                f"packs up to {made.number}: expected the same plan on all ranks, got another on {', '.join(others)} "
+                "than on 0; a sample can be read on one host alone: look for skips that the others have not, repair "
+                "the file or the network there and resume, or measure ahead (tools/index.py DATA.toml --checkpoint DIR)"
+            )
+        return (
+            [event for theirs in told for event in decode_events(theirs.events)],
+            [Retried(*one) for theirs in told for one in theirs.retried],
+        )
 
     def start(self) -> None:
         """Let workers begin before the first batch is asked for; without workers there is nothing to start."""

@@ -4,6 +4,9 @@ from typing import Literal
 
 import msgspec
 
+_LONGEST_S = 1_000_000
+"""Longest time that is waited for anything: eleven days. The system takes no endless one."""
+
 
 def _require(is_valid: bool, what: str, rule: str, got: object, advice: str) -> None:
     if not is_valid:
@@ -127,13 +130,40 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     recompute: bool = False
     """Compute each layer's activations a second time in the backward pass, and do not keep them (checkpointing)."""
     timeout_s: float = 600.0
-    """Longest silence of a process, and longest wait of the others for it; then it is named and the run ends."""
+    """Longest silence of a process, longest wait of the others for it (also in a checkpoint), and longest that a batch
+    or an update may take; then it is named and the run ends."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for what does not go together."""
-        _require(self.timeout_s > 0, "parallel.timeout_s", "a number > 0", self.timeout_s, "use several minutes")
+        is_time = 0 < self.timeout_s <= _LONGEST_S
+        rule = f"seconds, above 0 and at most {_LONGEST_S:,}"
+        _require(is_time, "parallel.timeout_s", rule, self.timeout_s, "use several minutes")
         if self.offload_optimizer:
             what = "parallel.offload_optimizer"
             _require(self.engine in ("zero1", "zero2", "zero3"), what, "zero1, zero2 or zero3", self.engine, "name one")
         if self.offload_parameters:
             _require(self.engine == "zero3", "parallel.offload_parameters", "zero3", self.engine, "name it")
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether the engine is DeepSpeed, which may hold the model in parts."""
+        return self.engine != "ddp"
+
+
+def fitting_counts(accumulation_steps: int) -> list[int]:
+    """Numbers of processes among which the batches of a step can be divided, smallest first."""
+    return [count for count in range(1, accumulation_steps + 1) if accumulation_steps % count == 0]
+
+
+def check_division(accumulation_steps: int, count: int) -> None:
+    """Check that every process gets as many batches of a step.
+
+    Raises:
+        ValueError: they cannot; lists the numbers of processes that can.
+    """
+    fitting = fitting_counts(accumulation_steps)
+    if count not in fitting:
+        raise ValueError(
+            f"processes: expected a number that divides the {accumulation_steps} batches of a step "
+            f"(accumulation_steps), got {count}; use one of {', '.join(map(str, fitting))}"
+        )

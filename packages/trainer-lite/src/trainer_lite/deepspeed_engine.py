@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from .config import ParallelConfig, TrainConfig
 from .contract import BatchT, LossSum, StepModel
 from .optimizer import Optimizers
+from .planning import BUCKET_NUMBERS, PERSISTENT_NUMBERS
 from .processes import Processes
 
-_BUCKET_ELEMENTS = 1 << 26
 ADAMW_KEYS: tuple[str, ...] = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -51,6 +51,8 @@ class _Root(nn.Module, Generic[BatchT]):
 
 class DeepSpeed(Generic[BatchT]):
     """ZeRO-0 to ZeRO-3, with the loop's own optimiser inside."""
+
+    is_shared = True
 
     def __init__(
         self,
@@ -90,11 +92,10 @@ class DeepSpeed(Generic[BatchT]):
         largest = max(parameter.numel() for parameter in self._root.parameters())
         zero: dict[str, Any] = {
             "stage": self.stage,
-            # Each is a buffer in fp32: a quarter of a GB in place of 2.
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
+            "reduce_bucket_size": BUCKET_NUMBERS,
+            "allgather_bucket_size": BUCKET_NUMBERS,
             # Vectors stay whole on each rank, which is DeepSpeed's rule at the sizes that it is made for.
-            "stage3_param_persistence_threshold": min(100_000, largest // 100),
+            "stage3_param_persistence_threshold": min(PERSISTENT_NUMBERS, largest // 100),
         }
         if self.parallel.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

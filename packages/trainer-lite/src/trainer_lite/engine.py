@@ -25,6 +25,8 @@ class Engine(Protocol[BatchT_contra]):
     """Turns summed losses into updates. Every method is called on every rank, in the same order."""
 
     processes: Processes
+    is_shared: bool
+    """Whether a step is put together from what ranks tell each other; one alone may be cut in parts as well."""
 
     def start(self) -> None:
         """Take over model and optimisers as they now are; called once, before the first step and `load_state`."""
@@ -72,6 +74,8 @@ class Engine(Protocol[BatchT_contra]):
 
 class OneProcess(Generic[BatchT]):
     """The model is here and nowhere else."""
+
+    is_shared = False
 
     def __init__(self, model: StepModel[BatchT], optimizers: Optimizers, cfg: TrainConfig) -> None:
         self.model, self.optimizers, self.cfg = model, optimizers, cfg
@@ -132,6 +136,8 @@ class Replicas(OneProcess[BatchT]):
     no order of operations in a graph can make them wait for each other.
     """
 
+    is_shared = True
+
     def __init__(
         self, model: StepModel[BatchT], optimizers: Optimizers, cfg: TrainConfig, processes: Processes
     ) -> None:
@@ -183,7 +189,7 @@ def make_engine(
     Raises:
         ValueError: DeepSpeed is asked for and not there, cannot run this optimiser, or `network` is None.
     """
-    if parallel.engine == "ddp":
+    if not parallel.uses_deepspeed:
         if processes.count == 1:
             return OneProcess(model, optimizers, cfg)
         return Replicas(model, optimizers, cfg, processes)
@@ -211,7 +217,7 @@ def check_deepspeed(parallel: ParallelConfig) -> None:
     """
     from importlib.util import find_spec
 
-    if parallel.engine != "ddp" and find_spec("deepspeed") is None:
+    if parallel.uses_deepspeed and find_spec("deepspeed") is None:
         raise ValueError(
             f"parallel.engine {parallel.engine}: expected DeepSpeed, got no such package; install "
             "trainer-lite[deepspeed] (Linux), or use --parallel.engine ddp"

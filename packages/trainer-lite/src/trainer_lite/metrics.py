@@ -126,8 +126,16 @@ def _decode(line: bytes) -> StepRecord | None:
         return None
     fields = msgspec.json.decode(line, type=dict[str, object])
     for name in ("loss", "grad_norm"):
-        fields[name] = math.nan if fields[name] is None else fields[name]
+        fields[name] = _number(fields[name])
+    for name in ("parts", "evaluation"):
+        means = msgspec.convert(fields.get(name, {}), dict[str, object])
+        fields[name] = {part: _number(value) for part, value in means.items()}
     return msgspec.convert(fields, StepRecord)
+
+
+def _number(value: object) -> object:
+    # JSON has no number for one that is not finite.
+    return math.nan if value is None else value
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, StepRecord | None]]:

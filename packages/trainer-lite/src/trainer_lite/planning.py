@@ -15,6 +15,10 @@ from typing import Literal
 
 import msgspec
 
+BUCKET_NUMBERS = 1 << 26
+"""Gradients that our DeepSpeed engine sends together, so that the buffer in fp32 is a quarter of a GB in place of 2."""
+PERSISTENT_NUMBERS = 100_000
+"""Tensors up to this size stay gathered at stage 3, as DeepSpeed has it."""
 _MASTER_BYTES = 4
 
 
@@ -81,11 +85,11 @@ class Sharding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Masters, moments and their gradients in the host's memory; from stage 1 on."""
     offloads_parameters: bool = False
     """Weights in the host's memory until they are needed; at stage 3."""
-    bucket_numbers: int = 1 << 26
+    bucket_numbers: int = BUCKET_NUMBERS
     """Gradients sent together, in a place of this size however few there are [reduce_bucket_size]."""
     live_numbers: int = 1_000_000_000
     """Most weights that stage 3 keeps gathered at a time [stage3_max_live_parameters, stage3_max_reuse_distance]."""
-    persistent_numbers: int = 100_000
+    persistent_numbers: int = PERSISTENT_NUMBERS
     """Tensors up to this size stay gathered at stage 3 [stage3_param_persistence_threshold]."""
 
     def __post_init__(self) -> None:

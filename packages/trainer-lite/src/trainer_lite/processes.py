@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,10 +37,30 @@ _SUSPICION_S = 3.0
 """How long a rank may be silent once an operation that it takes part in has failed."""
 _LAST_WORDS_S = 3.0
 """How long an error may take to reach its handler before the watchman ends the process in its place."""
+_GREETING_S = 0.05
+"""How often the others are asked for until they have told who they are."""
+_BETWEEN_RANKS = frozenset(("distributed", "deepspeed"))
+"""Folders of the code that waits for other ranks: torch's, and DeepSpeed's."""
 
 
 class RankLostError(RuntimeError):
     """Another rank has ended, hangs, or cannot be reached."""
+
+
+def rank_and_count() -> tuple[int, int]:
+    """This process's rank, and how many there are, by RANK and WORLD_SIZE; rank 0 of 1 without them.
+
+    Raises:
+        ValueError: they are no numbers, or do not fit each other.
+    """
+    told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    rank, count = (int(number) if number.isdecimal() else -1 for number in told)
+    if not 0 <= rank < count:
+        raise ValueError(
+            f"RANK, WORLD_SIZE: expected a rank from 0 on and a larger number of processes, got {told[0]!r} and "
+            f"{told[1]!r}; start with torchrun or deepspeed, or unset both"
+        )
+    return rank, count
 
 
 class _Sign(msgspec.Struct, array_like=True):
@@ -50,6 +71,8 @@ class _Sign(msgspec.Struct, array_like=True):
     place: str
     host: str
     process: int
+    is_waiting: bool
+    """Whether it is in an operation between ranks."""
 
 
 class Processes:
@@ -64,15 +87,25 @@ class Processes:
         """Whether this is the rank that writes the log and the run folder."""
         return self.rank == 0
 
-    def at(self, place: str) -> None:
-        """Say where this rank is; every rank passes the same places in the same order."""
+    def at(self, place: str, *, is_bounded: bool = False) -> None:
+        """Say where this rank is; every rank passes the same places in the same order.
+
+        is_bounded: it is a hang too if all ranks stand there for longer than the timeout, as in a batch, inside of
+            which an engine's own operations let ranks wait for each other.
+        """
         if self._watchman is not None:
-            self._watchman.at(place)
+            self._watchman.at(place, is_bounded)
+
+    def _wait(self) -> None:
+        """Say that this rank now waits for the others: who is not there yet is behind."""
+        if self._watchman is not None:
+            self._watchman.go_on()
 
     def exchange(self, payload: bytes) -> list[bytes]:
         """Give every rank what each of them brings, by rank."""
         if self.count == 1:
             return [payload]
+        self._wait()
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
         dist.all_gather(sizes, torch.tensor([len(payload)]))
         longest = max(int(size) for size in sizes)
@@ -90,6 +123,7 @@ class Processes:
     def add_up(self, tensors: list[Tensor]) -> None:
         """Replace tensors, alike in shape on every rank, by their sums over the ranks."""
         if self.count > 1:
+            self._wait()
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
@@ -156,12 +190,14 @@ class Watchman(threading.Thread):
         self._store = store.clone()
         self._errors = store.clone()
         self._progress, self._place, self._moved_s = 0, "start", time.monotonic()
+        self._is_bounded = False
         self._is_suspicious, self._is_ended = threading.Event(), threading.Event()
         self._found = threading.Event()
         self._finding = ""
         self._seen: dict[int, tuple[_Sign, float, float]] = {}
         self._answered_s = time.monotonic()
         self._is_handled = self._is_explained = False
+        self._trainer = threading.get_ident()
         self._tell(0)
 
     @property
@@ -169,9 +205,15 @@ class Watchman(threading.Thread):
         """Whether the watch goes on."""
         return not self._is_ended.is_set()
 
-    def at(self, place: str) -> None:
-        """Note that the training has come so far."""
-        self._progress, self._place, self._moved_s = self._progress + 1, place, time.monotonic()
+    def at(self, place: str, is_bounded: bool) -> None:
+        """Note that the training has come so far; see `Processes.at`."""
+        self._place = place
+        self.go_on()
+        self._is_bounded = is_bounded
+
+    def go_on(self) -> None:
+        """Note that the training goes on, to wait for others."""
+        self._progress, self._moved_s, self._is_bounded = self._progress + 1, time.monotonic(), False
 
     def run(self) -> None:
         """Beat until the end."""
@@ -203,41 +245,57 @@ class Watchman(threading.Thread):
             if self._found.wait(2 * _SUSPICION_S + 3 * self.interval_s):
                 self._is_handled = True
                 return RankLostError(self._finding)
-        words = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        # A file's name may be no UTF-8, which the store does not take.
+        said = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
+        words = said.splitlines()[0][:500]
         with suppress(RuntimeError):
             _within(_LAST_WORDS_S, partial(self._errors.set, f"error/{self.rank}", words))
         return None
 
     def _tell(self, beat: int) -> None:
-        sign = _Sign(beat, self._progress, self._place, socket.gethostname(), os.getpid())
+        sign = _Sign(beat, self._progress, self._place, socket.gethostname(), os.getpid(), self._is_waiting)
         self._store.set(f"sign/{self.rank}", msgspec.json.encode(sign).decode())
 
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether the innermost call of the training thread is one between ranks; unknown, False, on a GPU's stream."""
+        frame = sys._current_frames().get(self._trainer)  # pyright: ignore[reportPrivateUsage]
+        return frame is not None and not _BETWEEN_RANKS.isdisjoint(Path(frame.f_code.co_filename).parts)
+
     def _ask(self) -> None:
-        others = [rank for rank in range(self.count) if rank != self.rank]
         beat = 0
-        while not self._is_ended.wait(self.interval_s):
+        # Often, until all have been heard of: so that one which ends at once has a name.
+        while not self._is_ended.wait(self.interval_s if len(self._seen) == self.count - 1 else _GREETING_S):
             beat += 1
             try:
                 self._tell(beat)
-                for rank in others:
-                    if self._store.check([f"error/{rank}"]):
-                        words = self._store.get(f"error/{rank}").decode()
-                        self._finding = f"{self._called(rank)}: ended with {words}"
-                        return
-                    if not self._store.check([f"sign/{rank}"]):
-                        continue
-                    sign = msgspec.json.decode(self._store.get(f"sign/{rank}"), type=_Sign)
-                    now_s = time.monotonic()
-                    before, lived_s, moved_s = self._seen.get(rank, (None, now_s, now_s))
-                    if before is None or before.beat != sign.beat:
-                        lived_s = now_s
-                    if before is None or before.progress != sign.progress:
-                        moved_s = now_s
-                    self._seen[rank] = sign, lived_s, moved_s
+                self.read_signs()
                 self._answered_s = time.monotonic()
             except RuntimeError:
                 # The store's host is gone or cut off: `_look` sees that no answer comes.
                 time.sleep(self.interval_s)
+            if self._finding:
+                return
+
+    def read_signs(self) -> None:
+        """Read what the others last said, and when they last moved."""
+        for rank in range(self.count):
+            if rank == self.rank:
+                continue
+            if self._store.check([f"error/{rank}"]):
+                words = self._store.get(f"error/{rank}").decode()
+                self._finding = f"{self._called(rank)}: ended with {words}"
+                return
+            if not self._store.check([f"sign/{rank}"]):
+                continue
+            sign = msgspec.json.decode(self._store.get(f"sign/{rank}"), type=_Sign)
+            now_s = time.monotonic()
+            before, lived_s, moved_s = self._seen.get(rank, (None, now_s, now_s))
+            if before is None or before.beat != sign.beat:
+                lived_s = now_s
+            if before is None or before.progress != sign.progress:
+                moved_s = now_s
+            self._seen[rank] = sign, lived_s, moved_s
 
     def _called(self, rank: int) -> str:
         sign = self._seen[rank][0] if rank in self._seen else None
@@ -256,18 +314,36 @@ class Watchman(threading.Thread):
                 f"where rank 0's host is, and so no sign of {others}; this rank ends; look at the network and that "
                 "host, then go on with --resume auto"
             )
-        for rank, (sign, lived_s, moved_s) in sorted(self._seen.items()):
-            behind = f"{self._called(rank)}: last seen at {sign.place}"
+        for rank, (sign, lived_s, _) in sorted(self._seen.items()):
             if now_s - lived_s > silence_s:
                 return (
-                    f"{behind}, no sign of life for {now_s - lived_s:.1f} s; it has died or is cut off; all ranks end; "
-                    "go on with --resume auto"
+                    f"{self._called(rank)}: last seen at {sign.place}, no sign of life for {now_s - lived_s:.1f} s; it "
+                    "has died or is cut off; all ranks end; go on with --resume auto"
                 )
-            is_waited_for = sign.progress < self._progress and now_s - self._moved_s > self.timeout_s
-            if is_waited_for and now_s - moved_s > self.timeout_s:
+        return self._look_for_hangs(now_s)
+
+    def _look_for_hangs(self, now_s: float) -> str:
+        """Say who has not moved for too long; the furthest behind first, for whom the others may wait."""
+        stuck = [
+            (sign, f"{self._called(rank)}: last seen at {sign.place}", now_s - moved_s)
+            for rank, (sign, _, moved_s) in sorted(self._seen.items(), key=lambda seen: seen[1][0].progress)
+            if min(now_s - moved_s, now_s - self._moved_s) > self.timeout_s
+        ]
+        for sign, last_seen, idle_s in stuck:
+            is_behind = sign.progress < self._progress
+            # In the middle of a forward pass both are at one place; before the first place one may take its time.
+            is_beside = sign.progress == self._progress > 0 and self._is_waiting and not sign.is_waiting
+            if is_behind or is_beside:
                 return (
-                    f"{behind}, alive but without progress for {now_s - moved_s:.1f} s; it hangs; all ranks end; go on "
-                    "with --resume auto"
+                    f"{last_seen}, alive but without progress for {idle_s:.1f} s; it hangs, or needs longer than "
+                    "parallel.timeout_s; all ranks end; go on with --resume auto"
+                )
+        for sign, last_seen, idle_s in stuck:
+            if sign.progress == self._progress and self._is_bounded:
+                return (
+                    f"{last_seen}, where rank {self.rank} is too, both without progress for {idle_s:.1f} s; one "
+                    "of the ranks hangs, or a batch takes longer than parallel.timeout_s; all ranks end; go on with "
+                    "--resume auto"
                 )
         return ""
 
@@ -284,10 +360,11 @@ def join(cfg: ParallelConfig) -> Generator[Processes]:
     """Meet the other ranks that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); part at the end.
 
     Raises:
-        ValueError: they are not all there within the timeout, or the meeting place is taken.
+        ValueError: the environment makes no sense, the others are not all there within the timeout, or the meeting
+            place is taken.
     """
-    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 and cfg.engine == "ddp":
+    rank, count = rank_and_count()
+    if count == 1 and not cfg.uses_deepspeed:
         yield Processes()
         return
     if torch.cuda.is_available():

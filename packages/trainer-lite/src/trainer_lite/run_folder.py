@@ -16,13 +16,12 @@ from pathlib import Path
 import msgspec
 
 from blip3_lite import CheckpointError, read_manifest
-from blip3_lite.folder import UnfinishedFolder, clear_unfinished
+from blip3_lite.folder import UnfinishedFolder, clear_unfinished, seal
 
 from .atomic import write_atomically
 from .guards import StepLog
 from .metrics import MetricsLog
 from .processes import Processes
-from .shards import seal
 
 
 class SaveError(OSError):

@@ -7,20 +7,20 @@ Each tensor is brought together by itself and kept by the rank that writes it, s
 ranks write into one folder: it lies on a disk that all of them see.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip3_lite.folder import as_os_error, file_sha256
+from blip3_lite.folder import as_os_error
+from weight_files.shards import index_text, shard_name
+from weight_files.source import INDEX_SUFFIX
 
 from .contract import ShardedModelFiles
 from .engine import Engine
@@ -73,11 +73,6 @@ def owners(tensors: list[OneTensor], count: int) -> list[int]:
     return owner
 
 
-def shard_name(stem: str, rank: int, count: int) -> str:
-    """Of one rank's part."""
-    return f"{stem}-{rank + 1:05}-of-{count:05}.safetensors"
-
-
 @torch.no_grad()
 def write_shard(folder: Path, stem: str, tensors: list[OneTensor], engine: Engine[Any]) -> list[str]:
     """Bring every tensor together on all ranks and write this rank's share; rank 0 also writes the index.
@@ -97,30 +92,16 @@ def write_shard(folder: Path, stem: str, tensors: list[OneTensor], engine: Engin
         if owned_by == rank:
             # A copy: parts of one memory, as DeepSpeed keeps parameters, cannot be written apart.
             mine[one.name] = whole.detach().to("cpu", copy=True).contiguous()
+    names = [shard_name(stem, number, count) for number in range(1, count + 1)]
     try:
-        save_file(mine, folder / shard_name(stem, rank, count), metadata={"format": "pt"})
+        save_file(mine, folder / names[rank], metadata={"format": "pt"})
     except SafetensorError as error:
         raise as_os_error(error) from error
-    if rank == 0:
-        places = {one.name: shard_name(stem, by, count) for one, by in zip(tensors, owner, strict=True)}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / index_name(stem)).write_bytes(msgspec.json.format(msgspec.json.encode(index), indent=2))
-    return [shard_name(stem, rank, count), *([index_name(stem)] if rank == 0 else [])]
-
-
-def index_name(stem: str) -> str:
-    """Of the index of a sharded set."""
-    return f"{stem}.safetensors.index.json"
-
-
-def seal(path: Path) -> dict[str, object]:
-    """Bring a written file to the disk; return its entry in the manifest."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    if rank > 0:
+        return [names[rank]]
+    places = {one.name: names[owned_by] for one, owned_by in zip(tensors, owner, strict=True)}
+    (folder / f"{stem}{INDEX_SUFFIX}").write_text(index_text(total, places))
+    return [names[rank], f"{stem}{INDEX_SUFFIX}"]
 
 
 def checkpoint_shards(

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 from torch import Tensor
 
 from weight_files import SafetensorsFiles
+from weight_files.source import INDEX_SUFFIX
 
 from .config import TrainConfig
 from .optimizer import Optimizers
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-OPTIMIZER_INDEX = "optimizer.safetensors.index.json"
+OPTIMIZER_INDEX = f"optimizer{INDEX_SUFFIX}"
 """In its place where several processes have written their shares."""
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"

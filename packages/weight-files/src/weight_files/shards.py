@@ -63,16 +63,26 @@ def shard_writers(
     shards = plan_shards(tensors, max_shard_bytes)
     if len(shards) == 1:
         return {f"{stem}.safetensors": lambda path: _write(path, shards[0])}
-    names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    index = {
-        "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
-        "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
-    }
+    names = [shard_name(stem, number, len(shards)) for number in range(1, len(shards) + 1)]
+    total_bytes = sum(tensor.num_bytes for tensor in tensors)
+    index = index_text(
+        total_bytes, {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    )
     writers: dict[str, Callable[[Path], object]] = {
         name: lambda path, shard=shard: _write(path, shard) for name, shard in zip(names, shards, strict=True)
     }
-    writers[stem + INDEX_SUFFIX] = lambda path: path.write_text(json.dumps(index, indent=2) + "\n")
+    writers[stem + INDEX_SUFFIX] = lambda path: path.write_text(index)
     return writers
+
+
+def shard_name(stem: str, number: int, count: int) -> str:
+    """The file of one shard of a set; numbered from 1 on."""
+    return f"{stem}-{number:05}-of-{count:05}.safetensors"
+
+
+def index_text(total_bytes: int, places: Mapping[str, str]) -> str:
+    """The index of a sharded set; `places`: the file of each tensor by its name."""
+    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": dict(places)}, indent=2) + "\n"
 
 
 def _write(path: Path, shard: Sequence[SavedTensor]) -> None:
