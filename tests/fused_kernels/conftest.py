@@ -60,15 +60,15 @@ def is_leaf(arg: object) -> bool:
 def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """fp32 number by number; half precision by the ratio of RMS error to RMS value."""
     assert got.shape == expected.shape
-    got, expected = got.double().cpu(), expected.double().cpu()
+    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
     assert bool(got.isfinite().all())
+    greatest = float(expected.abs().max()) if expected.numel() else 0.0
     if dtype == torch.float32:
-        torch.testing.assert_close(
-            got, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max() if expected.numel() else 0))
-        )
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * max(1.0, greatest))
     else:
-        error = (got - expected).square().sum().sqrt()
-        assert error <= {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype] * expected.square().sum().sqrt() + 1e-6
+        # What is zero in exact numbers, as the gradient of one key's softmax, is a difference of rounded ones.
+        ratio, floor = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype], 1e-5 * expected.numel() ** 0.5
+        assert (got - expected).norm() <= ratio * expected.norm() + floor
 
 
 @pytest.fixture

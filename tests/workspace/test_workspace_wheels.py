@@ -99,11 +99,13 @@ def wheels(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[st
 def run_alone(folder: Path, site: Path, preload: list[str], tasks: list[dict]) -> dict[str, dict]:
     """Run the tasks where nothing but the standard library and `site` is on the path; return report by file name."""
     # -I -S: neither the environment's packages nor the workspace's sources are on the path.
-    # One thread, because a process with several must not fork.
+    # One thread, because a process with several must not fork. No interpreter of Triton, which the tests of kernels
+    # switch on: it wants numpy, and the package does not.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-I", "-S", *WARNINGS, str(Path(__file__).with_name("alone.py"))],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        env={**env, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         input=json.dumps({"site": str(site), "preload": preload, "tasks": tasks}),
         capture_output=True,
         text=True,
@@ -187,7 +189,9 @@ def test_wheel_installs_into_an_empty_environment(member, wheels: dict[str, Whee
     install = [UV, "pip", "install", "--quiet", "--python", str(python), "--find-links", str(wheel.path.parent)]
     subprocess.run([*install, "--constraint", str(constraints), str(wheel.path)], cwd=tmp_path, check=True)
     code = "\n".join(f"import {name}" for name in wheel.modules)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     for text in [code, *blocks(member.readme)]:
-        done = subprocess.run([python, "-I", *WARNINGS, "-c", text], cwd=tmp_path, capture_output=True, text=True)
+        command = [python, "-I", *WARNINGS, "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     shutil.rmtree(tmp_path / "venv")

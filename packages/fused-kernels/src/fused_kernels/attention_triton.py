@@ -167,12 +167,14 @@ def add_query_gradient(
         if rest > 0:
             k_rest = load_part(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
             v_rest = load_part(v_ptr, key, is_key, v_stride, head_dim, main, rest, is_masked)
-        probs = tl.exp2(products(q, q_rest, k, k_rest, rest) * scale - log_total[:, None])
+        exponents = products(q, q_rest, k, k_rest, rest) * scale - log_total[:, None]
         if is_masked:
             visible = (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
             if has_mask:
                 visible = visible & (tl.load(mask_ptr + key, mask=is_key, other=0) != 0)[None, :]
-            probs = tl.where(visible, probs, 0.0)
+            # Before the power: that of a key which the query does not see may be out of range.
+            exponents = tl.where(visible, exponents, -float("inf"))
+        probs = tl.exp2(exponents)
         grad_scores = probs * (products(grad, grad_rest, v, v_rest, rest) - delta[:, None])
         grad_q = dot(grad_scores.to(k.dtype), k, grad_q)
         if rest > 0:
@@ -204,10 +206,11 @@ def add_key_gradients(
         log_total = tl.load(log_total_ptr + query, mask=is_query, other=0.0)
         delta = tl.load(delta_ptr + query, mask=is_query, other=0.0)
         # Keys by queries: the transposes of the tiles in the other direction.
-        probs = tl.exp2(products(k, k_rest, q, q_rest, rest) * scale - log_total[None, :])
+        exponents = products(k, k_rest, q, q_rest, rest) * scale - log_total[None, :]
         if is_masked:
             visible = (query[None, :] >= start[:, None]) & (query[None, :] < stop[:, None])
-            probs = tl.where(visible, probs, 0.0)
+            exponents = tl.where(visible, exponents, -float("inf"))
+        probs = tl.exp2(exponents)
         grad_v = dot(probs.to(grad.dtype), grad, grad_v)
         if rest > 0:
             grad_v_rest = dot(probs.to(grad.dtype), grad_rest, grad_v_rest)
