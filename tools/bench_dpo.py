@@ -17,6 +17,7 @@ Needs trl and peft.
 import argparse
 import contextlib
 import gc
+import importlib
 import json
 import logging
 import os
@@ -120,7 +121,10 @@ def run_ours(folder: Path, pairs: list[dict[str, list[int]]], steps: int, has_ad
             parameter.requires_grad_(True)
     documents = side_by_side(
         [
-            tuple(torch.tensor(pair["prompt_ids"] + pair[side]) for side in ("chosen_ids", "rejected_ids"))
+            (
+                torch.tensor(pair["prompt_ids"] + pair["chosen_ids"]),
+                torch.tensor(pair["prompt_ids"] + pair["rejected_ids"]),
+            )
             for pair in pairs
         ]
     )
@@ -164,21 +168,22 @@ def run_trl(folder: Path, pairs: list[dict[str, list[int]]], steps: int, has_ada
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
-    from datasets import Dataset
-    from peft import PeftModel
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import Phi3ForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    # TRL's own: they are installed with it, and nothing else here needs them.
+    datasets, peft, tokenizers, transformers, trl = (
+        importlib.import_module(name) for name in ("datasets", "peft", "tokenizers", "transformers", "trl")
+    )
 
-    words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    model: Any = Phi3ForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa")
+    vocabulary = tokenizers.models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>")
+    words = tokenizers.Tokenizer(vocabulary)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    model = transformers.Phi3ForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+    )
     if has_adapters:
-        model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+        model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
     meter = Meter()
 
-    class Clock(TrainerCallback):
+    class Clock(transformers.TrainerCallback):
         """Times whole steps, the optimiser's share included."""
 
         def on_train_begin(self, *_: object, **__: object) -> None:
@@ -194,13 +199,13 @@ def run_trl(folder: Path, pairs: list[dict[str, list[int]]], steps: int, has_ada
             if "loss" in logs:
                 meter.losses.append(logs["loss"])
 
-    class Ready(DPOTrainer):
+    class Ready(trl.DPOTrainer):
         """The pairs are tokens already."""
 
         def _prepare_dataset(self, dataset: Any, *_: object, **__: object) -> Any:
             return dataset
 
-    args = DPOConfig(
+    args = trl.DPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=len(pairs),
         max_steps=_WARM_STEPS + steps,
@@ -221,7 +226,7 @@ def run_trl(folder: Path, pairs: list[dict[str, list[int]]], steps: int, has_ada
         disable_tqdm=True,
     )
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c", **pair} for pair in pairs]
-    trainer = Ready(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = Ready(model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
     trainer.add_callback(Clock())
     trainer.train()
     return meter.report()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from blip3_lite import Blip3, EncodedSample, PackedBatch, Processor, SamplingConfig
 from blip3_lite.batch import IGNORE_INDEX
-from blip3_lite.generation import FINISHED, generate_steps
+from blip3_lite.generation import generate_steps
+from phi3_lite import FINISHED
 
 
 def answer_start(targets: Tensor) -> int:

@@ -26,7 +26,7 @@ def _lines(folder: Path) -> list[dict]:
         (["sft", "--max-steps", "0"], "max_steps"),
         (["sft", "--max-samples", "129"], "max_samples: expected 1 to 128"),
         (["sft", "--trains"], "trains: expected at least one part"),
-        (["sft", "--objective", "preference"], "add --use-lora"),
+        (["sft", "--objective", "preference", "--noise", "0.5"], "add --use-lora"),
         (["sft", "--eval-questions", "-1"], "eval_questions: expected at least 0"),
         (["sft", "--data", "data.toml", "--eval-questions", "5"], "eval_questions: expected 0 with a data file"),
         (["sft", "--data", "nowhere.toml"], "nowhere.toml: expected a readable data file"),
@@ -192,7 +192,7 @@ def test_stage_can_start_from_a_demo_checkpoint(train, toy_demo: Path, tmp_path:
     assert "<h2>Accuracy on held-out questions</h2>" in page
     # Without its adapters the model is the one that the stage began with: the figures stand beside each other.
     assert "<h2>Post-training: attacks, truthfulness, helpfulness</h2>" in page
-    assert "<td>before</td>" in page
+    assert "<th>before</th><td>" in page
     dpo = (toy_demo / "runs/demo/predictions/safety.jsonl").read_text()
     assert (tmp_path / "runs/safety/predictions-before.jsonl").read_text() == dpo
     assert load_model(tmp_path / "runs/safety/checkpoints/step-00000001").config.lora is not None
@@ -366,7 +366,7 @@ def test_a_shard_that_goes_while_the_run_reads_it_is_bad_data(
 
     def fit_without_shard(trainer, model):
         (tmp_path / "x.jsonl").rename(tmp_path / "gone")
-        trainer.stream._stream._maker.sources[0]._open.clear()
+        trainer.stream.stream._maker.sources[0]._open.clear()
         return fit(trainer, model)
 
     monkeypatch.setattr(train_run, "fit_stage", fit_without_shard)

@@ -326,7 +326,8 @@ def test_all_pairs_of_vlfeedback_in_a_data_file_are_six_sources_that_share_the_r
     with pytest.raises(SkipSample, match="of different worth"):
         sources[PAIRS.index("1-3")][0]
     found = [source[0] for source in sources if source.name != "x/1-3"]
-    assert [sample.chosen + sample.rejected for sample in found] == ["ba", "ad", "bc", "bd", "cd"]
+    pairs = [sample for sample in found if isinstance(sample, PreferenceSample)]
+    assert [sample.chosen + sample.rejected for sample in pairs] == ["ba", "ad", "bc", "bd", "cd"]
 
 
 def test_unwanted_samples_are_counted_but_do_not_end_a_run_by_their_share():

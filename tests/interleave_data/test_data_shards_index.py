@@ -479,7 +479,7 @@ def test_source_goes_to_workers_without_its_tables(tmp_path):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_every_format_goes_to_workers_with_its_settings(fmt):
-    other = {"caption": "json:alt", "granularity": 2, "floor": 1.5}
+    other = {"caption": "json:alt", "granularity": 2, "floor": 1.5, "pairs": "2-3", "subset": "unsafes"}
     settings = {name: other[name] for name in FORMATS[fmt].settings}
     again = pickle.loads(pickle.dumps(FORMATS[fmt].reader(**settings)))
     assert again._from == (FORMATS[fmt], settings)

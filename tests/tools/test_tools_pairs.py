@@ -16,6 +16,7 @@ from interleave_data import ImagePart, PreferenceSample, TextPart, Turn
 def tool(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
     """Import a tool by its name."""
     monkeypatch.syspath_prepend(str(repo_root / "tools"))
+    monkeypatch.syspath_prepend(str(repo_root / "apps/train"))
 
     def load(name: str) -> ModuleType:
         return importlib.import_module(name)
@@ -65,7 +66,7 @@ def sample(number: int) -> PreferenceSample:
 
 def test_exchanged_pairs_keep_their_texts(tool) -> None:
     pairs = [sample(number) for number in range(5)]
-    found = tool("reward_accuracy").exchanged(pairs)
+    found = tool("train_reward_accuracy").exchanged(pairs)
     assert [pair.images()[0].key for pair in found] == [f"picture {k}" for k in (2, 3, 4, 0, 1)]
     assert [pair.turns[0].parts[1] for pair in found] == [pair.turns[0].parts[1] for pair in pairs]
     assert [(pair.chosen, pair.rejected) for pair in found] == [("yes", "no")] * 5
@@ -80,7 +81,7 @@ class Words:
 
 
 def test_margins_are_differences_of_log_ratios_pair_by_pair(tool, monkeypatch) -> None:
-    made = tool("reward_accuracy")
+    made = tool("train_reward_accuracy")
     monkeypatch.setattr(made, "collate", lambda samples: torch.tensor(samples, dtype=torch.float32))
     monkeypatch.setattr(made, "answer_log_probs", lambda factor, answers: factor * answers)
     pairs = [PreferenceSample(str(k), "toy", (), str(k), "3") for k in range(40)]
@@ -109,7 +110,7 @@ def prediction(number: int, group: str, said: str, answer: str):
 
 
 def test_study_compares_question_by_question(tool) -> None:
-    study = tool("study_post_training")
+    study = tool("train_study")
     # Of ten changes, as uneven a split as 2 to 8 in 2 · (1 + 10 + 45) of 1,024 cases.
     assert study.mcnemar(8, 2) == study.mcnemar(2, 8) == pytest.approx(2 * 56 / 1024)
     assert study.mcnemar(0, 0) == 1.0
@@ -128,7 +129,7 @@ def test_study_compares_question_by_question(tool) -> None:
 
 
 def test_study_goes_on_with_what_is_there(tool, tmp_path: Path) -> None:
-    study = tool("study_post_training")
+    study = tool("train_study")
     (tmp_path / "dpo/checkpoints").mkdir(parents=True)
     (tmp_path / "dpo/checkpoints/latest").write_text("step-00000100\n")
     assert study.train("dpo", tmp_path / "nowhere", tmp_path / "dpo") == tmp_path / "dpo/checkpoints/step-00000100"

@@ -37,7 +37,7 @@ def answer_digest(ids: Int64[Tensor, " t"], targets: Int64[Tensor, " t"], pictur
     `pictures`: of each tile a name that no other tile has, such as a digest of its content. 32 hexadecimal digits.
     """
     digest = sha256()
-    for part in (*(tensor.cpu().numpy().tobytes() for tensor in (ids, targets)), *(p.encode() for p in pictures)):
+    for part in (*(msgspec.json.encode(tensor.tolist()) for tensor in (ids, targets)), *(p.encode() for p in pictures)):
         # The length keeps parts apart that could be cut otherwise.
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:32]

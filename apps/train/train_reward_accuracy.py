@@ -1,7 +1,7 @@
 """Reward accuracy of a preference-tuned checkpoint on pairs that it was not trained on.
 
-    uv run tools/reward_accuracy.py POLICY --reference START --data pairs.toml [--json FILE]
-    uv run tools/reward_accuracy.py POLICY --reference START --world 2000 [--own-errors]
+    uv run apps/train/train_reward_accuracy.py POLICY --reference START --data pairs.toml [--json FILE]
+    uv run apps/train/train_reward_accuracy.py POLICY --reference START --world 2000 [--own-errors]
 
 A pair counts as right if log π(chosen) - log r(chosen) is above log π(rejected) - log r(rejected), π being the policy
 and r the checkpoint that it was trained from. The interval is Wilson's, 95 %. `--world`: presence questions of the
@@ -18,18 +18,15 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "apps" / "train"))
-
-from blip3_lite import Blip3, LoadedModel, Processor, collate  # noqa: E402
-from blip3_lite.opening import open_model  # noqa: E402
-from dpo_lite import split_pairs  # noqa: E402
-from interleave_data import ImagePart, PreferenceSample, SkipSample, load_data_file, open_sources  # noqa: E402
-from scene_world import World  # noqa: E402
-from train_objectives import answer_log_probs  # noqa: E402
-from train_stages import StageData, base_view_processor, merge_adapters  # noqa: E402
-from train_world import Drawers, WorldSource  # noqa: E402
-from vlm_metrics import wilson_interval  # noqa: E402
+from blip3_lite import Blip3, LoadedModel, Processor, collate
+from blip3_lite.opening import open_model
+from dpo_lite import split_pairs
+from interleave_data import ImagePart, PreferenceSample, SkipSample, load_data_file, open_sources
+from scene_world import World
+from train_objectives import answer_log_probs
+from train_stages import StageData, base_view_processor, merge_adapters
+from train_world import Drawers, WorldSource
+from vlm_metrics import wilson_interval
 
 _PAIRS_AT_A_TIME = 16
 
@@ -114,7 +111,7 @@ def _accuracy(found: Sequence[float]) -> dict[str, float]:
 
 def main() -> None:
     """Load both, compare, print."""
-    parser = argparse.ArgumentParser(prog="reward_accuracy", description="Reward accuracy on held-out pairs.")
+    parser = argparse.ArgumentParser(prog="train_reward_accuracy", description="Reward accuracy on held-out pairs.")
     parser.add_argument("policy", help="checkpoint")
     parser.add_argument("--reference", required=True, help="checkpoint that the policy was trained from")
     pairs_from = parser.add_mutually_exclusive_group(required=True)

@@ -1,6 +1,6 @@
 """What DPO on the model's own errors, and then safety tuning, do to a model of the embedded world.
 
-    uv run tools/study_post_training.py SFT_CHECKPOINT runs/study [--questions 1000] [--json FILE]
+    uv run apps/train/train_study.py SFT_CHECKPOINT runs/study [--questions 1000] [--json FILE]
 
 Two stages by `apps/train`: `dpo` on the wrong answers that the model gives to presence questions of its training split,
 then `safety` on private cards, forbidden instructions and a share of the SFT data. The model is examined before,
@@ -24,19 +24,17 @@ from typing import Any
 import msgspec
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "apps" / "train"))
-
-from blip3_lite import Blip3, FeatureCache, LoadedModel, Processor, SamplingConfig  # noqa: E402
-from blip3_lite.opening import open_model  # noqa: E402
-from eval_lite import Prediction, predict, write_predictions  # noqa: E402
-from scene_world import SKILLS  # noqa: E402
-from train_exam import summarise  # noqa: E402
-from train_stages import merge_adapters  # noqa: E402
-from train_world import FORBIDDEN, exam_items, forbidden_items, score  # noqa: E402
-from vlm_metrics import binary_f1, wilson_interval  # noqa: E402
+from blip3_lite import Blip3, FeatureCache, LoadedModel, Processor, SamplingConfig
+from blip3_lite.opening import open_model
+from eval_lite import Prediction, predict, write_predictions
+from scene_world import SKILLS
+from train_exam import summarise
+from train_stages import merge_adapters
+from train_world import FORBIDDEN, exam_items, forbidden_items, score
+from vlm_metrics import binary_f1, wilson_interval
 
 STAGES = ("dpo", "safety")
+_HERE = Path(__file__).resolve().parent
 _SETTINGS = {
     "dpo": ["--own-errors", "6000", "--world-samples", "6000", "--max-steps", "100"],
     "safety": [],
@@ -53,7 +51,7 @@ def newest(folder: Path) -> Path:
 def train(stage: str, start: Path, folder: Path) -> Path:
     """Train a stage unless it is there; return its checkpoint."""
     if not (folder / "checkpoints" / "latest").exists():
-        command = [sys.executable, str(ROOT / "apps/train"), stage, "--init", str(start), "--out", str(folder)]
+        command = [sys.executable, str(_HERE), stage, "--init", str(start), "--out", str(folder)]
         subprocess.run([*command, "--seed", str(_TRAIN_SEED), *_SETTINGS[stage]], check=True)
     return newest(folder)
 
@@ -161,7 +159,7 @@ def post_training_row(predictions: Sequence[Prediction]) -> dict[str, float]:
 
 def main() -> None:
     """Train, examine, compare."""
-    parser = argparse.ArgumentParser(prog="study_post_training", description="What DPO and safety tuning do.")
+    parser = argparse.ArgumentParser(prog="train_study", description="What DPO and safety tuning do.")
     parser.add_argument("start", type=Path, help="checkpoint after SFT")
     parser.add_argument("out", type=Path, help="folder of the study")
     parser.add_argument("--questions", type=int, default=1000, help="held-out questions a skill")
@@ -173,7 +171,7 @@ def main() -> None:
     predictions = {name: examine(path, args.out / f"exam-{name}", args.questions) for name, path in checkpoints.items()}
     rewards = args.out / "reward_accuracy.json"
     if not rewards.exists():
-        command = [sys.executable, str(ROOT / "tools/reward_accuracy.py"), str(checkpoints["dpo"])]
+        command = [sys.executable, str(_HERE / "train_reward_accuracy.py"), str(checkpoints["dpo"])]
         command += ["--reference", str(args.start), "--world", "2000", "--own-errors", "--json", str(rewards)]
         subprocess.run(command, check=True)
     result = {
