@@ -18,14 +18,14 @@ def test_a_share_has_wilsons_interval() -> None:
 
 def test_a_mean_has_the_bootstraps_interval_of_the_other_implementation() -> None:
     values = [random.Random(index).random() for index in range(53)]
-    figure = mean_of(values, scale=100).figure
+    figure = mean_of(values, scale=100.0).figure
     other = bootstrap_interval(values, random.Random(1), num_resamples=4000)
     assert figure.value == pytest.approx(100 * fmean(values), rel=1e-12)
     # Two draws of a few thousand differ by about a fiftieth of the interval's width.
     width = 100 * (other.high - other.low)
     assert figure.low == pytest.approx(100 * other.low, abs=0.06 * width)
     assert figure.high == pytest.approx(100 * other.high, abs=0.06 * width)
-    assert mean_of(values, scale=100).figure == figure
+    assert mean_of(values, scale=100.0).figure == figure
 
 
 def test_f1_is_that_of_the_scorer() -> None:

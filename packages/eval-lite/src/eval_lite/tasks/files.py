@@ -5,7 +5,7 @@ Nothing is downloaded and no address is opened: pictures lie below the task's fo
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +15,9 @@ from interleave_data import ImagePart, Sample, SkipSample, TextPart, Turn
 from interleave_data.sources import image_inside
 
 _Row = TypeVar("_Row")
+# Rows are decoded one by one, so that a bad one can be named.
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class TaskFileError(ValueError):
@@ -48,7 +51,7 @@ def read_json(path: Path, kind: type[_Row]) -> _Row:
     Raises:
         TaskFileError: it cannot be read, is no JSON or not of the type.
     """
-    return _decoded(_bytes(path), kind, str(path))
+    return _decoded(msgspec.json.Decoder(kind).decode, _bytes(path), str(path))
 
 
 def read_rows(path: Path, kind: type[_Row], key: str = "") -> list[_Row]:
@@ -59,27 +62,40 @@ def read_rows(path: Path, kind: type[_Row], key: str = "") -> list[_Row]:
     """
     data: bytes | msgspec.Raw = _bytes(path)
     if key:
-        table = _decoded(data, dict[str, msgspec.Raw], str(path))
+        table = _decoded(_OBJECT.decode, data, str(path))
         if key not in table:
             raise TaskFileError(
                 f"{path}: expected a list under {key!r}, got the keys {', '.join(table) or 'none'}; "
                 "is it the benchmark's own file?"
             )
         data = table[key]
-    rows = _decoded(data, list[msgspec.Raw], str(path))
+    rows = _decoded(_LIST.decode, data, str(path))
     if not rows:
         raise TaskFileError(f"{path}: expected at least one row, got an empty list; get the file again")
-    return [_decoded(row, kind, f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+    decode = msgspec.json.Decoder(kind).decode
+    return [_decoded(decode, row, f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+
+
+def read_named(path: Path, kind: type[_Row]) -> dict[str, _Row]:
+    """The rows of a JSON file that is an object, by their names.
+
+    Raises:
+        TaskFileError: as `read_json`; the row is named.
+    """
+    decode = msgspec.json.Decoder(kind).decode
+    rows = _decoded(_OBJECT.decode, _bytes(path), str(path))
+    return {name: _decoded(decode, row, f"{path}: row {name!r}") for name, row in rows.items()}
 
 
 def read_lines(path: Path, kind: type[_Row]) -> list[_Row]:
     """A JSON object a line; empty lines are passed over.
 
     Raises:
-        TaskFileError: as `read_json`.
+        TaskFileError: as `read_json`, the line is named; there is none.
     """
-    lines = _bytes(path).split(b"\n")
-    rows = [_decoded(line, kind, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    decode = msgspec.json.Decoder(kind).decode
+    lines = enumerate(_bytes(path).split(b"\n"), 1)
+    rows = [_decoded(decode, line, f"{path}: line {number}") for number, line in lines if line.strip()]
     if not rows:
         raise TaskFileError(f"{path}: expected a JSON object a line, got an empty file; get the file again")
     return rows
@@ -174,9 +190,9 @@ def _bytes(path: Path) -> bytes:
         raise TaskFileError(f"{path}: expected a readable file, got: {error.strerror}; check it") from error
 
 
-def _decoded(data: bytes | msgspec.Raw, kind: type[_Row], where: str) -> _Row:
+def _decoded(decode: Callable[[bytes | msgspec.Raw], _Row], data: bytes | msgspec.Raw, where: str) -> _Row:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decode(data)
     except msgspec.ValidationError as error:
         reason = str(error)
         raise TaskFileError(f"{where}: {reason[0].lower()}{reason[1:]}; is it the benchmark's own file?") from error

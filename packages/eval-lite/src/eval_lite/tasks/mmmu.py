@@ -30,7 +30,7 @@ def _read(folder: Path) -> list[EvalItem]:
         rows = [(path, number, row) for path in tables for number, row in enumerate(_table(path), 1)]
     else:
         path = find_file(folder, "*.json")
-        rows = [(path, number, row) for number, row in enumerate(read_rows(path, dict[str, Any]), 1)]
+        rows = [(path, number, row) for number, row in enumerate(read_rows(path, dict), 1)]
     return [_item(folder, path, number, row) for path, number, row in rows]
 
 

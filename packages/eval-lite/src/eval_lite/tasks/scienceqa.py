@@ -15,7 +15,7 @@ from ..measures import Measure
 from ..prediction import EvalItem
 from ..wording import LETTERS
 from . import choosing
-from .files import TaskFileError, find_file, picture, question, read_json, refuse
+from .files import TaskFileError, find_file, picture, question, read_json, read_named, refuse
 from .task import Asked, Task, mean_score
 
 _SPLIT = "test"
@@ -31,13 +31,17 @@ class _Row(msgspec.Struct):
     subject: str = "scienceqa"
 
 
+class _Splits(msgspec.Struct):
+    test: list[str]
+
+
 def _read(folder: Path) -> list[EvalItem]:
     path = find_file(folder, "problems.json")
-    rows = read_json(path, dict[str, _Row])
+    rows = read_named(path, _Row)
     splits = folder / "pid_splits.json"
     wanted = [name for name, row in rows.items() if row.split == _SPLIT]
     if splits.is_file():
-        wanted = read_json(splits, dict[str, list[str]]).get(_SPLIT, [])
+        wanted = read_json(splits, _Splits).test
     items: list[EvalItem] = []
     for name in wanted:
         row = rows.get(name)
