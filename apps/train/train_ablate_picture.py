@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from train_ablate_report import Conclusion
 
 _WIDTH, _LEFT, _RIGHT, _ROW, _HEAD = 760.0, 290.0, 90.0, 20.0, 34.0
+_LABEL = 48
+"""Most characters that fit beside a row."""
 _INK, _MUTED, _LINE = "#1d1f22", "#6b7078", "#d9dad6"
 _ARMS = ("#2f6fde", "#d9682b", "#2a9d6f", "#a24bc4", "#c2992a", "#cf3f67")
 _VERDICTS = {"agrees": "#1f8a5b", "disagrees": "#c93a3a", "undecided": "#8a8f98", "invalid": "#c93a3a"}
@@ -67,7 +69,7 @@ def _row(
 ) -> None:
     middle = y + _ROW / 2
     left, at, right = (_place(value, low, high) for value in (estimate.low, estimate.value, estimate.high))
-    shown = label if len(label) <= 52 else f"{label[:51]}…"
+    shown = label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}…"
     parts.append(_text(_LEFT - 10, middle + 4, shown, anchor="end"))
     parts.append(f'<path d="M{left:.1f},{middle:.1f}H{right:.1f}" stroke="{colour}" stroke-width="2"/>')
     for value in estimate.by_seed:

@@ -92,8 +92,11 @@ def _control_figures(ablation: Ablation, by_arm: Mapping[str, Sequence[ArmResult
         own: _answers([one.predictions for one in by_arm[control.arm]], control.skills),
         exchanged: _answers([one.exchanged for one in by_arm[control.arm]], control.skills),
     }
-    says = f"{control.arm}: its own pictures above those of other questions ({', '.join(control.skills)})"
-    rule = Contrast(says=says, weights={own: 1, exchanged: -1}, skills=control.skills)
+    rule = Contrast(
+        says=f"control ({control.arm}): own above exchanged pictures",
+        weights={own: 1, exchanged: -1},
+        skills=control.skills,
+    )
     estimate = contrast(answers, rule.weights)
     return ContrastFigures(rule=rule, estimate=estimate, verdict=judge(estimate, "more", 0.0))
 
