@@ -60,7 +60,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
 
-def backward(outs: Tensor | tuple[Tensor, ...]) -> None:
+def backward(outs: Any) -> None:
     """Go back from all results."""
     outs = outs if isinstance(outs, tuple) else (outs,)
     torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
@@ -168,7 +168,7 @@ def describe(case: str, kernel: Any, args: Sequence[object], kwargs: dict[str, A
     """Say of a launch's arguments what Triton's own specialisation would: types, constants, multiples of 16."""
     from triton.runtime.jit import mangle_type
 
-    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    named: dict[str, Any] = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
     launch = Launch(case, kernel, {}, {}, {}, options)
     for index, parameter in enumerate(kernel.params):
@@ -194,13 +194,14 @@ def launches(names: Sequence[str]) -> Iterator[Launch]:
         del grid, warmup
         written.append(describe(case, kernel, args, kwargs))
 
-    original, JITFunction.run = JITFunction.run, run
+    functions: Any = JITFunction
+    original, functions.run = functions.run, run
     try:
         for case, call in cases().items():
             if case in names:
                 call()
     finally:
-        JITFunction.run = original
+        functions.run = original
     seen: set[str] = set()
     for launch in written:
         key = repr((launch.kernel.__name__, launch.signature, launch.constants, launch.attributes, launch.options))
@@ -212,15 +213,16 @@ def launches(names: Sequence[str]) -> Iterator[Launch]:
 def compiled(launch: Launch, arch: int) -> Row:
     """Compile for this architecture; the assembler's own log says what it needs."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     log = io.StringIO()
-    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         # From the cache there would be no log.
-        triton.knobs.compilation.always_compile = True
-        triton.knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
         kernel: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     stores = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     registers = re.findall(r"Used (\d+) registers", log.getvalue())

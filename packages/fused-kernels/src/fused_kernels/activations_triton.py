@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import apply, once
-from .triton_parts import launch, num_programs, num_warps
+from .triton_parts import launch, num_blocks_of, num_programs, num_warps, power_of_two
 
 _BLOCK = 2048
 _BLOCK_ROWS, _BLOCK_WIDTH = 16, 128
@@ -101,7 +101,7 @@ def _gelu_backward_kernel(
 
 
 def _by_row(width: int) -> dict[str, int]:
-    block = min(_BLOCK, triton.next_power_of_2(width))
+    block = min(_BLOCK, power_of_two(width))
     return {"block": block, "num_warps": num_warps(block)}
 
 
@@ -113,7 +113,7 @@ class _SwiGlu(torch.autograd.Function):
         ctx.save_for_backward(rows)
         out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
         tile = _by_row(width)
-        launch(_swiglu_kernel, (rows.shape[0], triton.cdiv(width, tile["block"])), rows, out, width, **tile)
+        launch(_swiglu_kernel, (rows.shape[0], num_blocks_of(width, tile["block"])), rows, out, width, **tile)
         return out
 
     @staticmethod
@@ -124,7 +124,7 @@ class _SwiGlu(torch.autograd.Function):
         width = grad.shape[-1]
         out = torch.empty_like(rows)
         tile = _by_row(width)
-        grid = (rows.shape[0], triton.cdiv(width, tile["block"]))
+        grid = (rows.shape[0], num_blocks_of(width, tile["block"]))
         launch(_swiglu_backward_kernel, grid, rows, grad, out, width, **tile)
         return out.view(*grad.shape[:-1], 2 * width)
 
@@ -137,7 +137,7 @@ class _Gelu(torch.autograd.Function):
         ctx.save_for_backward(rows, bias)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         tile = _by_row(width)
-        grid = (rows.shape[0], triton.cdiv(width, tile["block"]))
+        grid = (rows.shape[0], num_blocks_of(width, tile["block"]))
         launch(_gelu_kernel, grid, rows, bias, out, width, has_bias=bias is not None, **tile)
         return out
 
@@ -147,11 +147,11 @@ class _Gelu(torch.autograd.Function):
         rows, bias = ctx.saved_tensors
         grad = grad_outputs[0].contiguous()
         num_rows, width = rows.shape
-        num_columns = triton.cdiv(width, _BLOCK_WIDTH)
-        num_tiles = triton.cdiv(num_rows, _BLOCK_ROWS)
+        num_columns = num_blocks_of(width, _BLOCK_WIDTH)
+        num_tiles = num_blocks_of(num_rows, _BLOCK_ROWS)
         # Without a bias each tile has a program of its own; with one there are enough to fill the device.
         has_bias_grad = ctx.needs_input_grad[1]
-        programs = triton.cdiv(4 * num_programs(rows, num_tiles), num_columns) if has_bias_grad else num_tiles
+        programs = num_blocks_of(4 * num_programs(rows, num_tiles), num_columns) if has_bias_grad else num_tiles
         programs = min(programs, num_tiles, _MOST_PROGRAMS)
         out = torch.empty_like(rows)
         partial = torch.empty(programs, width, dtype=torch.float32, device=rows.device) if has_bias_grad else None

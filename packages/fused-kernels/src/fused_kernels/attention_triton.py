@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_parts import dot
+from .triton_parts import dot, power_of_two
 
 LOG2_E = 1.4426950408889634
 # Below every score, and finite: the difference of two infinities is not a number.
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 def parts(head_dim: int) -> dict[str, int]:
     """Return the widths of the two parts of a head, powers of two from 16; the second is 0 where one part is enough."""
     main = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = 0 if head_dim <= main else max(16, triton.next_power_of_2(head_dim - main))
+    rest = 0 if head_dim <= main else max(16, power_of_two(head_dim - main))
     return {"head_dim": head_dim, "main": main, "rest": rest}
 
 

@@ -33,7 +33,7 @@ from .attention_triton import (
     store_part,
 )
 from .dispatch import apply, once
-from .triton_parts import launch
+from .triton_parts import launch, num_blocks_of
 
 FORWARD = Tile(block_q=128, block_k=64, num_warps=8, num_stages=3)
 QUERY_GRADIENT = Tile(block_q=128, block_k=64, num_warps=8, num_stages=2)
@@ -263,7 +263,7 @@ class _Attention(torch.autograd.Function):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         log_total = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device)
         launch(
-            _dense_forward_kernel, (triton.cdiv(num_queries, FORWARD.block_q), batch * num_heads),
+            _dense_forward_kernel, (num_blocks_of(num_queries, FORWARD.block_q), batch * num_heads),
             q, k, v, more_k, more_v, mask, out, log_total,
             num_heads, num_heads // k.shape[2], num_queries, k.shape[1], num_more, scale * LOG2_E,
             *_strides(q, k, v, more_k, more_v), num_heads * head_dim,
@@ -284,7 +284,7 @@ class _Attention(torch.autograd.Function):
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         num_more = 0 if more_k is None else more_k.shape[1]
         launch(
-            _dense_query_gradient_kernel, (triton.cdiv(num_queries, QUERY_GRADIENT.block_q), batch * num_heads),
+            _dense_query_gradient_kernel, (num_blocks_of(num_queries, QUERY_GRADIENT.block_q), batch * num_heads),
             q, k, v, more_k, more_v, mask, out, grad, log_total, delta, grad_q,
             num_heads, num_heads // num_kv_heads, num_queries, k.shape[1], num_more, ctx.scale, ctx.scale * LOG2_E,
             *_strides(q, k, v, more_k, more_v), num_heads * head_dim,
@@ -297,7 +297,7 @@ class _Attention(torch.autograd.Function):
                 continue
             grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (keys, values))
             launch(
-                _dense_key_gradient_kernel, (triton.cdiv(keys.shape[1], KEY_GRADIENT.block_k), batch * num_kv_heads),
+                _dense_key_gradient_kernel, (num_blocks_of(keys.shape[1], KEY_GRADIENT.block_k), batch * num_kv_heads),
                 q, keys, values, set_mask, grad, log_total, delta, grad_k, grad_v,
                 num_heads, num_heads // num_kv_heads, num_queries, keys.shape[1], ctx.scale, ctx.scale * LOG2_E,
                 *_strides(q, keys, values), num_heads * head_dim, num_kv_heads * head_dim,

@@ -86,7 +86,7 @@ class Backend(Generic[P, R]):
     """What it is, in a few words, for the report."""
     refuse: Callable[[torch.device, torch.dtype], str | None] = anywhere
     """The reason why it cannot run on this device with this dtype, or None if it can."""
-    refuse_call: Callable[P, str | None] | None = None
+    refuse_call: Callable[..., str | None] | None = None
     """The reason why it cannot run these arguments (shapes, mixed dtypes), or None if it can; None: it runs all."""
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .integers import INT4_GROUP
-from .triton_parts import launch
+from .triton_parts import launch, num_blocks_of, power_of_two
 
 MOST_ROWS = 16
 """Rows of x for which this is meant; above, the products themselves cost, and matrix units are faster."""
@@ -88,9 +88,9 @@ def int8_matmul(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     (num_x, width), num_rows = x.shape, codes.shape[0]
     out = torch.empty(num_x, num_rows, dtype=x.dtype, device=x.device)
     launch(
-        _int8_kernel, (num_x, triton.cdiv(num_rows, _INT8_ROWS)),
+        _int8_kernel, (num_x, num_blocks_of(num_rows, _INT8_ROWS)),
         x.contiguous(), codes.contiguous(), scales.contiguous(), out, num_rows, width,
-        block_rows=_INT8_ROWS, block_columns=min(_INT8_COLUMNS, triton.next_power_of_2(width)), num_warps=4,
+        block_rows=_INT8_ROWS, block_columns=min(_INT8_COLUMNS, power_of_two(width)), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -98,7 +98,7 @@ def int8_matmul(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 def int4_matmul(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """Multiply x [t, d] with packed uint8 [blocks, d, half] and scales [d / 32, n, 2]."""
     (num_x, width), (num_blocks, _, half), num_rows = x.shape, packed.shape, scales.shape[1]
-    num_parts = triton.cdiv(width, _PART_COLUMNS)
+    num_parts = num_blocks_of(width, _PART_COLUMNS)
     partial = torch.empty(num_parts, num_x, num_rows, dtype=torch.float32, device=x.device)
     launch(
         _int4_kernel, (num_x, num_blocks, num_parts),

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import once
-from .triton_parts import launch
+from .triton_parts import launch, power_of_two
 
 _CHUNK_ELEMENTS = 1 << 24
 _CHUNK_ELEMENTS_WITH_WEIGHT_GRAD = 1 << 27
@@ -66,7 +66,7 @@ def _softmax_kernel(
 def _label_log_probs(logits: Tensor, labels: Tensor, *, factors: Tensor | None, has_gradient: bool) -> Tensor:
     """Return log p(label), fp32[c]; `logits` become factor · (onehot - softmax), factor -1 where None, on request."""
     found = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    block = min(_BLOCK, triton.next_power_of_2(logits.shape[1]))
+    block = min(_BLOCK, power_of_two(logits.shape[1]))
     launch(
         _softmax_kernel, (logits.shape[0],),
         logits, labels, factors, found, logits.shape[1],

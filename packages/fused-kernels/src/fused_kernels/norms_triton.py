@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import apply, apply_pair, once
-from .triton_parts import launch, num_programs, num_warps
+from .triton_parts import launch, num_blocks_of, num_programs, num_warps, power_of_two
 
 _TILE_ELEMENTS = 4096
 
@@ -105,7 +105,7 @@ def _norm_backward_kernel(
 
 
 def _tile(width: int) -> dict[str, int]:
-    block_width = triton.next_power_of_2(width)
+    block_width = power_of_two(width)
     block_rows = max(1, _TILE_ELEMENTS // block_width)
     return {
         "block_rows": block_rows,
@@ -130,8 +130,8 @@ class _Norm(torch.autograd.Function):
         mean = torch.empty_like(r) if bias is not None else None
         tile = _tile(width)
         launch(
-            _norm_kernel, (triton.cdiv(rows.shape[0], tile["block_rows"]),),
-            rows, residual.contiguous() if has_residual else None, weight, bias, total, out, mean, r,
+            _norm_kernel, (num_blocks_of(rows.shape[0], tile["block_rows"]),),
+            rows, None if residual is None else residual.contiguous(), weight, bias, total, out, mean, r,
             rows.shape[0], width, eps,
             is_centred=bias is not None, has_residual=has_residual, **tile,
         )  # fmt: skip
@@ -147,7 +147,7 @@ class _Norm(torch.autograd.Function):
         grad = grad_outputs[-1].contiguous()
         num_rows, width = total.shape
         tile = _tile(width)
-        programs = num_programs(total, triton.cdiv(num_rows, tile["block_rows"]))
+        programs = num_programs(total, num_blocks_of(num_rows, tile["block_rows"]))
         has_weight_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         grad_x = torch.empty_like(total)
         grad_weight = grad_bias = None
@@ -165,7 +165,7 @@ class _Norm(torch.autograd.Function):
             grad_x,
             grad_x if ctx.has_residual else None,
             None if grad_weight is None else grad_weight.sum(0).to(weight.dtype),
-            None if grad_bias is None else grad_bias.sum(0).to(bias.dtype),
+            None if grad_bias is None or bias is None else grad_bias.sum(0).to(bias.dtype),
             None,
         )
 

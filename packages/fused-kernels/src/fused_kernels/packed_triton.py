@@ -37,7 +37,7 @@ from .attention_triton import (
     store_part,
 )
 from .dispatch import apply, once
-from .triton_parts import launch
+from .triton_parts import launch, num_blocks_of
 
 FORWARD = Tile(block_q=128, block_k=64, num_warps=8, num_stages=3)
 QUERY_GRADIENT = Tile(block_q=128, block_k=64, num_warps=8, num_stages=2)
@@ -257,7 +257,7 @@ class _PackedAttention(torch.autograd.Function):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         log_total = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
         launch(
-            _packed_forward_kernel, (num_heads, triton.cdiv(num_tokens, FORWARD.block_q)),
+            _packed_forward_kernel, (num_heads, num_blocks_of(num_tokens, FORWARD.block_q)),
             q, k, v, out, log_total, bounds, ends, num_tokens, num_heads // k.shape[1], scale * LOG2_E, window or 0,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], out.stride(0),
             is_causal=is_causal, has_window=window is not None, **parts(head_dim), **FORWARD._asdict(),
@@ -278,12 +278,12 @@ class _PackedAttention(torch.autograd.Function):
         strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
         rules = {"is_causal": ctx.is_causal, "has_window": ctx.window is not None, **parts(head_dim)}
         launch(
-            _packed_query_gradient_kernel, (num_heads, triton.cdiv(num_tokens, QUERY_GRADIENT.block_q)),
+            _packed_query_gradient_kernel, (num_heads, num_blocks_of(num_tokens, QUERY_GRADIENT.block_q)),
             q, k, v, out, grad, log_total, delta, grad_q, bounds, ends, *scalars, *strides, out.stride(0),
             **rules, **QUERY_GRADIENT._asdict(),
         )  # fmt: skip
         launch(
-            _packed_key_gradient_kernel, (k.shape[1], triton.cdiv(num_tokens, KEY_GRADIENT.block_k)),
+            _packed_key_gradient_kernel, (k.shape[1], num_blocks_of(num_tokens, KEY_GRADIENT.block_k)),
             q, k, v, grad, log_total, delta, grad_k, grad_v, bounds, ends, *scalars, *strides,
             grad.stride(0), grad_k.stride(0), **rules, **KEY_GRADIENT._asdict(),
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_parts import launch
+from .triton_parts import launch, num_blocks_of, power_of_two
 
 _BLOCK_PATCHES = 8
 
@@ -45,8 +45,8 @@ def normalised_patches(pixels: Tensor, patch_px: int, dtype: torch.dtype) -> Ten
     rows, cols = height // patch_px, width // patch_px
     out = torch.empty(num_images, rows * cols, 3 * patch_px**2, dtype=dtype, device=pixels.device)
     launch(
-        _patches_kernel, (num_images, triton.cdiv(rows * cols, _BLOCK_PATCHES), 3),
+        _patches_kernel, (num_images, num_blocks_of(rows * cols, _BLOCK_PATCHES), 3),
         pixels.contiguous(), out, rows * cols, cols, height, width,
-        patch=patch_px, block_patch=triton.next_power_of_2(patch_px), block_patches=_BLOCK_PATCHES, num_warps=4,
+        patch=patch_px, block_patch=power_of_two(patch_px), block_patches=_BLOCK_PATCHES, num_warps=4,
     )  # fmt: skip
     return out

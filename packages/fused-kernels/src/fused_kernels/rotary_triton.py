@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import apply_pair, once
-from .triton_parts import launch, num_warps
+from .triton_parts import launch, num_blocks_of, num_warps, power_of_two
 
 _TILE_ELEMENTS = 2048
 
@@ -68,15 +68,15 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, is_inverse: bool) ->
     cos, sin = (table.expand(*q.shape[:-2], num_angles).reshape(-1, num_angles).contiguous() for table in (cos, sin))
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    block_angles = triton.next_power_of_2(num_angles)
-    block_heads = max(1, min(triton.next_power_of_2(max(num_heads, num_kv_heads)), _TILE_ELEMENTS // block_angles))
-    num_blocks = triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads)
+    block_angles = power_of_two(num_angles)
+    block_heads = max(1, min(power_of_two(max(num_heads, num_kv_heads)), _TILE_ELEMENTS // block_angles))
+    num_blocks = num_blocks_of(num_heads, block_heads) + num_blocks_of(num_kv_heads, block_heads)
     launch(
         _rotate_kernel, (q_rows.shape[0], num_blocks),
         q_rows, k_rows, cos, sin, q_out, k_out,
         num_heads, num_kv_heads, *q_rows.stride()[:2], *k_rows.stride()[:2], cos.stride(0),
         head_dim=head_dim, num_angles=num_angles, is_inverse=is_inverse, block_heads=block_heads,
-        block_angles=block_angles, block_rest=triton.next_power_of_2(max(1, head_dim - 2 * num_angles)),
+        block_angles=block_angles, block_rest=power_of_two(max(1, head_dim - 2 * num_angles)),
         num_warps=num_warps(block_heads * block_angles),
     )  # fmt: skip
     return q_out, k_out

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import apply, once
-from .triton_parts import launch, num_warps
+from .triton_parts import launch, num_blocks_of, num_warps, power_of_two
 
 _BLOCK = 2048
 
@@ -48,7 +48,7 @@ def _replace_backward_kernel(grad_ptr, source_ptr, grad_x_ptr, grad_rows_ptr, wi
 
 
 def _tile(width: int) -> dict[str, int]:
-    block = min(_BLOCK, triton.next_power_of_2(width))
+    block = min(_BLOCK, power_of_two(width))
     return {"block": block, "num_warps": num_warps(block)}
 
 
@@ -61,7 +61,7 @@ class _ReplaceRows(torch.autograd.Function):
         ctx.num_rows = rows.shape[0]
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         tile = _tile(x.shape[1])
-        grid = (x.shape[0], triton.cdiv(x.shape[1], tile["block"]))
+        grid = (x.shape[0], num_blocks_of(x.shape[1], tile["block"]))
         launch(_replace_kernel, grid, x.contiguous(), rows.contiguous(), source, out, x.shape[1], **tile)
         return out
 
@@ -74,7 +74,7 @@ class _ReplaceRows(torch.autograd.Function):
         grad_x = torch.empty_like(grad)
         grad_rows = torch.empty(ctx.num_rows, width, dtype=grad.dtype, device=grad.device)
         tile = _tile(width)
-        grid = (num_tokens, triton.cdiv(width, tile["block"]))
+        grid = (num_tokens, num_blocks_of(width, tile["block"]))
         launch(_replace_backward_kernel, grid, grad, source, grad_x, grad_rows, width, **tile)
         return grad_x, grad_rows, None
 

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-IS_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+IS_INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 """Whether the kernels run in Triton's interpreter: numpy on the CPU, for tests where there is no GPU."""
 
 
@@ -18,6 +19,16 @@ def launch(kernel: Any, grid: Sequence[int], x: Tensor, *args: object, **constan
         return
     with torch.cuda.device_of(x):
         kernel[tuple(grid)](x, *args, **constants)
+
+
+def num_blocks_of(total: int, block: int) -> int:
+    """Blocks that cover `total`."""
+    return -(-total // block)
+
+
+def power_of_two(at_least: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << max(0, at_least - 1).bit_length()
 
 
 def num_warps(tile_elements: int) -> int:
