@@ -62,9 +62,12 @@ def _checking_input() -> Iterator[None]:
 
 def _evaluate(config: EvaluateConfig) -> None:
     # before the model is loaded, which takes longer
+    paths = [Path(config.checkpoint), *([Path(config.compare)] if config.compare else [])]
+    for path in paths:
+        if not path.exists():
+            raise EvaluateError(f"checkpoint {path}: expected a folder, got nothing there; check the path")
     with _checking_input():
         questions = [_read(config, name, folder) for name, folder in config.places]
-    paths = [Path(config.checkpoint), *([Path(config.compare)] if config.compare else [])]
     results = {place: _ask_all(config, path, questions) for place, path in zip(("", "other"), paths, strict=False)}
     for place, of_model in results.items():
         for result in of_model:
@@ -88,7 +91,7 @@ def _read(config: EvaluateConfig, name: str, folder: Path) -> Questions:
             f"task {name}: expected a folder {folder} with {task.files}, got none; put the files there, or name their "
             f"folder ({name}=FOLDER, or --data)"
         )
-    items = task.read(folder)
+    items = task.read(folder) if task.draw is None else task.draw(config.limit)
     if config.mode == "likelihood" and task.kind == "question":
         items = [item for item in items if item.choices or item.candidates]
         if not items:

@@ -193,8 +193,11 @@ def test_bad_command_lines_end_with_status_2_and_a_reason(evaluate, checkpoints,
 def test_a_checkpoint_that_is_none_is_named(evaluate, tmp_path: Path) -> None:
     status, _, log = evaluate("nothing", "--limit", "1")
     assert status == 2
-    assert "nothing" in log
-    assert "Traceback" not in log
+    assert "checkpoint nothing: expected a folder" in log
+    (tmp_path / "empty").mkdir()
+    status, _, log = evaluate("empty", "--limit", "1")
+    assert status == 2
+    assert "empty" in log
 
 
 def test_a_killed_run_goes_on_to_the_same_files(

@@ -444,6 +444,15 @@ def test_the_world_is_drawn_and_scored_by_its_own_rule() -> None:
         assert not item.candidates or item.answer in item.candidates, item.group
 
 
+def test_drawn_tasks_with_a_limit_begin_as_they_do_without() -> None:
+    for name, limit, count in (("world-captions", 2, 8), ("world-documents", 3, 3)):
+        task = load_task(name)
+        assert task.draw is not None
+        few = task.draw(limit)
+        assert [item.id for item in few] == [item.id for item in task.read(Path())[:count]]
+        assert len(few) == count
+
+
 def test_world_captions_ask_for_one_of_four_orders() -> None:
     task = load_task("world-captions")
     items = task.read(Path())[:4]

@@ -58,10 +58,10 @@ def _item(name: str, parts: tuple[Part, ...]) -> EvalItem:
     return EvalItem(group="documents", prompt=Sample(id=name, source="documents", turns=(turn,)), answer="")
 
 
-def _read_world(folder: Path) -> list[EvalItem]:
+def _draw(limit: int | None) -> list[EvalItem]:
     world = World(_SEED, "heldout")
     items: list[EvalItem] = []
-    for index in range(NUM_DRAWN):
+    for index in range(min(NUM_DRAWN, limit or NUM_DRAWN)):
         document = world.document(index)
         parts = tuple(
             TextPart(part) if isinstance(part, str) else drawn_part(part, f"document/heldout {_SEED}/{index}/{place}")
@@ -83,9 +83,23 @@ def _no_score(item: EvalItem, said: str) -> float:
 
 
 TASKS = {
-    name: Task(name=name, files=files, read=read, score=_no_score, measure=_measure, wording=Wording(), kind="document")
-    for name, files, read in (
-        ("documents", "*.jsonl with images and texts, the pictures below it", _read),
-        ("world-documents", "", _read_world),
-    )
+    "documents": Task(
+        name="documents",
+        files="*.jsonl with images and texts, the pictures below it",
+        read=_read,
+        score=_no_score,
+        measure=_measure,
+        wording=Wording(),
+        kind="document",
+    ),
+    "world-documents": Task(
+        name="world-documents",
+        files="",
+        read=lambda folder: _draw(None),
+        draw=_draw,
+        score=_no_score,
+        measure=_measure,
+        wording=Wording(),
+        kind="document",
+    ),
 }

@@ -38,6 +38,8 @@ class Task:
     max_new_tokens: int = 16
     kind: Literal["question", "document"] = "question"
     """`document`: nothing is asked; what is measured is how well its text is predicted."""
+    draw: Callable[[int | None], list[EvalItem]] | None = None
+    """Of tasks that need no files: the first so many items of each group, None for all; `read` draws all."""
     read_examples: Reader | None = None
     """Worked examples, of a split that is not asked; None: the same files in a folder `examples` within the task's."""
 

@@ -62,8 +62,8 @@ def _item(talk: Conversation, skill: str, world: str) -> EvalItem:
     return EvalItem(group=skill, prompt=prompt, answer=asked.answer, candidates=candidates)
 
 
-def _read(folder: Path) -> list[EvalItem]:
-    return exam_items(QUESTIONS_A_SKILL, _SEED)
+def _draw(limit: int | None) -> list[EvalItem]:
+    return exam_items(min(QUESTIONS_A_SKILL, limit or QUESTIONS_A_SKILL), _SEED)
 
 
 def _read_examples(folder: Path) -> list[EvalItem]:
@@ -92,7 +92,8 @@ TASKS = {
     "world": Task(
         name="world",
         files="",
-        read=_read,
+        read=lambda folder: _draw(None),
+        draw=_draw,
         read_examples=_read_examples,
         score=score,
         measure=_measure,

@@ -36,8 +36,8 @@ def _items(split: str, count: int) -> list[EvalItem]:
     return items
 
 
-def _read(folder: Path) -> list[EvalItem]:
-    return _items("heldout", NUM_CAPTIONS)
+def _draw(limit: int | None) -> list[EvalItem]:
+    return _items("heldout", NUM_CAPTIONS if limit is None else min(NUM_CAPTIONS, _ORDERS * limit))
 
 
 def _read_examples(folder: Path) -> list[EvalItem]:
@@ -65,7 +65,8 @@ TASKS = {
     "world-captions": Task(
         name="world-captions",
         files="",
-        read=_read,
+        read=lambda folder: _draw(None),
+        draw=_draw,
         read_examples=_read_examples,
         score=_score,
         measure=_measure,
