@@ -107,7 +107,7 @@ def conclude(
     """All figures and the verdict. `by_arm`: the results of each arm, the same seeds in the same order."""
     contrasts = [_contrast_figures(rule, by_arm) for rule in ablation.contrasts]
     control = _control_figures(ablation, by_arm)
-    deciding = [found.verdict for found in contrasts if found.rule.decides]
+    deciding: list[Verdict] = [found.verdict for found in contrasts if found.rule.decides]
     first = by_arm[ablation.control.arm]
     return Conclusion(
         ablation=name,
