@@ -110,5 +110,6 @@ def test_a_cut_between_hosts_is_named_and_the_run_goes_on(hosts, figures, tmp_pa
     figures(
         hosts=2, cut_behind_step=done, timeout_s=TIMEOUT_S, named_after_s=silent_s, ended_after_s=ended_s, most_off=off
     )
+    assert silent_s <= TIMEOUT_S
     assert digests(tmp_path, "cut") == digests(tmp_path, "whole")
     assert off <= 1e-6

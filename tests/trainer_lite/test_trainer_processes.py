@@ -35,7 +35,7 @@ def test_a_rank_that_others_wait_for_in_an_exchange_is_behind_them() -> None:
     for watchman in (first, second):
         watchman.at("step 3, data", False)
     first.go_on()
-    assert look(first, second, TIMEOUT_S - 1) == ""
+    assert look(first, second, TIMEOUT_S - 2) == ""
     assert "rank 1 (" in look(first, second, TIMEOUT_S + 1)
     assert "last seen at step 3, data, alive but without progress for 6.0 s" in look(first, second, TIMEOUT_S + 1)
     assert look(second, first, TIMEOUT_S + 1) == ""
@@ -47,7 +47,7 @@ def test_ranks_that_stand_at_one_place_hang_where_that_is_bounded(is_bounded: bo
     first, second = pair()
     for watchman in (first, second):
         watchman.at("step 3, batch 2", is_bounded)
-    assert look(first, second, TIMEOUT_S - 1) == ""
+    assert look(first, second, TIMEOUT_S - 2) == ""
     found = look(first, second, TIMEOUT_S + 1)
     assert ("step 3, batch 2, where rank 0 is too, both without progress for 6.0 s" in found) is is_found
     # Behind the batch it waits for the other.

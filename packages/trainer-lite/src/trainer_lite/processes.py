@@ -184,8 +184,10 @@ class Watchman(threading.Thread):
 
     def __init__(self, store: Any, rank: int, count: int, timeout_s: float) -> None:
         super().__init__(name="watchman", daemon=True)
-        self.rank, self.count, self.timeout_s = rank, count, timeout_s
+        self.rank, self.count = rank, count
         self.interval_s = min(1.0, timeout_s / 10)
+        # A sign may be an interval old when it is read, and an interval passes until the next look.
+        self._limit_s = timeout_s - 2 * self.interval_s
         # Of its own: a connection that waits would let the training wait too.
         self._store = store.clone()
         self._errors = store.clone()
@@ -306,7 +308,7 @@ class Watchman(threading.Thread):
         if self._finding:
             return f"{self._finding}; all ranks end; go on with --resume auto"
         now_s = time.monotonic()
-        silence_s = _SUSPICION_S if self._is_suspicious.is_set() else self.timeout_s
+        silence_s = _SUSPICION_S if self._is_suspicious.is_set() else self._limit_s
         if now_s - self._answered_s > silence_s:
             others = ", ".join(self._called(rank) for rank in range(self.count) if rank != self.rank)
             return (
@@ -327,7 +329,7 @@ class Watchman(threading.Thread):
         stuck = [
             (sign, f"{self._called(rank)}: last seen at {sign.place}", now_s - moved_s)
             for rank, (sign, _, moved_s) in sorted(self._seen.items(), key=lambda seen: seen[1][0].progress)
-            if min(now_s - moved_s, now_s - self._moved_s) > self.timeout_s
+            if min(now_s - moved_s, now_s - self._moved_s) > self._limit_s
         ]
         for sign, last_seen, idle_s in stuck:
             is_behind = sign.progress < self._progress
