@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 import tyro
 
+from blip3_lite.config import DeviceChoice
 from phi3_lite.config import SamplingConfig
 
 
@@ -21,6 +22,8 @@ class ChatConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     or the hub's id of such a folder (org/name), which is fetched; without it, the newest checkpoint under runs/."""
     quantize: Literal["int8", "int4"] | None = None
     """Hold the language model's matrices as integers: less memory, faster answers, the rest in bf16."""
+    device: DeviceChoice = "auto"
+    """Where to compute: on the GPU where there is one (`auto`), or as said."""
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Picture file for the first message; may be given several times, in reading order."""
     prompt: str | None = None

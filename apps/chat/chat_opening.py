@@ -56,8 +56,8 @@ def _fetched(hub_id: str) -> Path:
         ) from error
 
 
-def open_talker(path: Path, quantize: Quantisation | None) -> PictureTalker | TextTalker:
-    """Load the model at a path, with a progress bar; in the file's dtype, or quantised with the rest in bf16.
+def open_talker(path: Path, quantize: Quantisation | None, device: torch.device) -> PictureTalker | TextTalker:
+    """Load the model at a path to a device, with a progress bar; in the file's dtype, or quantised, the rest in bf16.
 
     Raises:
         ValueError: nothing that can be loaded (`CheckpointError`, `WeightsError`) or talked with (`ChatError`).
@@ -69,5 +69,5 @@ def open_talker(path: Path, quantize: Quantisation | None) -> PictureTalker | Te
         def advance(_name: str) -> None:
             bar.update()
 
-        loaded = open_model(path, quantize=quantize, dtype=dtype, on_count=bar.reset, on_tensor=advance)
+        loaded = open_model(path, quantize=quantize, dtype=dtype, device=device, on_count=bar.reset, on_tensor=advance)
     return PictureTalker(loaded) if isinstance(loaded, LoadedModel) else TextTalker(loaded)

@@ -11,6 +11,7 @@ import torch
 from msgspec.structs import replace
 
 from blip3_lite import SamplingConfig, user_turn
+from blip3_lite.device import choose_device, device_words
 from chat_batch import answer_pictures, find_pictures, unfinished
 from chat_config import ChatConfig
 from chat_opening import find_model, open_talker
@@ -150,14 +151,15 @@ def _interact(session: Session) -> None:
 
 def _open(config: ChatConfig) -> PictureTalker | TextTalker:
     try:
+        device = choose_device(config.device)
         path = find_model(config.model)
-        talker = open_talker(path, config.quantize)
+        talker = open_talker(path, config.quantize, device)
     except (ValueError, OSError) as error:
         raise ChatError(str(error)) from error
     dtype = talker.lm.model.norm.weight.dtype
     held = f"{config.quantize} and {dtype}" if config.quantize else str(dtype)
-    _say(f"model {path}: {talker.kind}, {held.replace('torch.', '')}")
-    rows = backend_report(talker.lm.model.norm.weight.device, dtype)
+    _say(f"model {path}: {talker.kind}, {held.replace('torch.', '')}; {device_words(device)}")
+    rows = backend_report(device, dtype)
     _say("kernels: " + ", ".join(f"{row.op}={row.backend}" for row in rows))
     return talker
 

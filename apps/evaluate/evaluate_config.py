@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 import tyro
 
+from blip3_lite.config import DeviceChoice
 from eval_lite.tasks import TASKS, check_task
 
 
@@ -50,6 +51,8 @@ class EvaluateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Questions answered together; it changes no answer but for ties in rounding, which are listed."""
     quantize: Literal["int8", "int4"] | None = None
     """Hold the language model's matrices as integers, the rest in bf16."""
+    device: DeviceChoice = "auto"
+    """Where to compute: on the GPU where there is one (`auto`), or as said."""
 
     def __post_init__(self) -> None:
         """Check ranges, and that each task is there."""

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from blip3_lite import LoadedModel
+from blip3_lite.device import choose_device, device_words
 from blip3_lite.folder import MANIFEST, read_manifest
 from blip3_lite.opening import open_model
 from eval_lite import (
@@ -170,12 +171,19 @@ def _demonstrations(
 
 def _open(config: EvaluateConfig, path: Path) -> LoadedModel:
     dtype = None if config.quantize is None else torch.bfloat16
+    device = choose_device(config.device)
     with tqdm(desc=f"loading {path.name}", unit="tensor", disable=None, leave=False) as bar:
         loaded = open_model(
-            path, quantize=config.quantize, dtype=dtype, on_count=bar.reset, on_tensor=lambda _: bar.update()
+            path,
+            quantize=config.quantize,
+            dtype=dtype,
+            device=device,
+            on_count=bar.reset,
+            on_tensor=lambda _: bar.update(),
         )
     if not isinstance(loaded, LoadedModel):
         raise EvaluateError(f"model {path}: expected one that sees pictures, got a language model alone; name another")
+    _say(f"model {path}; {device_words(device)}")
     return loaded
 
 

@@ -22,6 +22,7 @@ import torch
 
 from blip3_lite import Blip3, FeatureCache, Processor, load_model, read_manifest, save_model
 from blip3_lite.checkpoint import weights_file
+from blip3_lite.device import device_words
 from blip3_lite.folder import file_sha256
 from train_ablate_arm import QUESTION_SEED, ArmResult, Starts, Task, result_path, run_arm
 from train_ablate_config import AblateRun
@@ -49,22 +50,25 @@ _CHAIN: tuple[Start, ...] = ("warmup", "pretrain", "sft")
 _FEATURE_BYTES = 640 << 20
 
 
-def run_ablation(name: str, config: AblateRun, stop: StopFlag) -> bool:
+def run_ablation(name: str, config: AblateRun, device: torch.device, stop: StopFlag) -> bool:
     """Make what is missing, then the page if nothing is; return False if a signal stopped it."""
     ablation, root = ABLATIONS[name](), Path(config.out)
     folder = root / name
     with stop.on_signals():
         with checking_input():
-            starts = _starts(ablation, config, root / "starts", stop)
+            starts = _starts(ablation, config, root / "starts", device, stop)
         if starts is None:
             return False
         digests = {place: file_sha256(weights_file(path)) for place, path in starts.items()}
         wanted = [(arm, seed) for seed in range(config.seeds) for arm in ablation.arms]
-        marks = {one: _fingerprint(ablation, *one, config.questions, digests) for one in wanted}
+        marks = {one: _fingerprint(ablation, *one, config.questions, digests, device) for one in wanted}
         missing = [one for one in wanted if _result(folder, *one, marks[one]) is None]
         num_done = len(wanted) - len(missing)
-        say(f"{name}: {len(ablation.arms)} arms, {config.seeds} seeds each: {num_done} of {len(wanted)} done")
-        _train_missing(ablation, missing, marks, starts, config, folder, stop)
+        say(
+            f"{name}: {len(ablation.arms)} arms, {config.seeds} seeds each: {num_done} of {len(wanted)} done; "
+            f"{device_words(device)}"
+        )
+        _train_missing(ablation, missing, marks, starts, config, folder, device, stop)
     results = {
         arm: [_result(folder, arm, seed, marks[arm, seed]) for seed in range(config.seeds)] for arm in ablation.arms
     }
@@ -73,7 +77,7 @@ def run_ablation(name: str, config: AblateRun, stop: StopFlag) -> bool:
         say(f"missing: {', '.join(left)}; the same command goes on with those that no other is at work on")
         return not stop.is_set
     by_arm = {arm: [one for one in row if one is not None] for arm, row in results.items()}
-    _write(name, ablation, by_arm, folder, config)
+    _write(name, ablation, by_arm, folder, config, device)
     return True
 
 
@@ -84,6 +88,7 @@ def _train_missing(
     starts: dict[str, Path],
     config: AblateRun,
     folder: Path,
+    device: torch.device,
     stop: StopFlag,
 ) -> None:
     progress, loaded = TqdmProgress(), None
@@ -102,7 +107,7 @@ def _train_missing(
             say(f"arm {place + 1} of {len(missing)}: {arm}, seed {seed}{left}")
             began_s = time.monotonic()
             task = Task(ablation, arm, seed, config.questions, marks[arm, seed])
-            made = run_arm(task, loaded, progress, stop)
+            made = run_arm(task, loaded, device, progress, stop)
             if made is None:
                 say(f"stopped in {arm}, seed {seed}: that arm begins again, those before it stay")
                 return
@@ -112,13 +117,21 @@ def _train_missing(
             say(f"{arm}, seed {seed}: {time.monotonic() - began_s:.0f} s, {sum(rights) / len(rights):.1%} right")
 
 
-def _write(name: str, ablation: Ablation, by_arm: dict[str, list[ArmResult]], folder: Path, config: AblateRun) -> None:
+def _write(
+    name: str,
+    ablation: Ablation,
+    by_arm: dict[str, list[ArmResult]],
+    folder: Path,
+    config: AblateRun,
+    device: torch.device,
+) -> None:
+    gpu = [] if device.type == "cpu" else [device_words(device)]
     conclusion = conclude(
         name,
         ablation,
         by_arm,
         date=datetime.now(UTC).date().isoformat(),
-        machine=f"{_processor()}, {os.cpu_count()} cores",
+        machine=", ".join([_processor(), f"{os.cpu_count()} cores", *gpu]),
         torch=str(torch.__version__),
     )
     items = draw_questions(ablation.skills, config.questions, QUESTION_SEED)
@@ -145,9 +158,13 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _fingerprint(ablation: Ablation, arm: str, seed: int, num_questions: int, digests: dict[str, str]) -> str:
+def _fingerprint(
+    ablation: Ablation, arm: str, seed: int, num_questions: int, digests: dict[str, str], device: torch.device
+) -> str:
     """Of all that a result follows from, but the code."""
     told = [ablation.arms[arm], ablation.start, ablation.skills, ablation.control, seed, num_questions]
+    # A GPU draws other numbers and rounds otherwise: arms are compared with their like.
+    told += [] if device.type == "cpu" else [torch.cuda.get_device_name(device)]
     return sha256(msgspec.json.encode([*told, digests, str(torch.__version__)], order="sorted")).hexdigest()[:16]
 
 
@@ -179,7 +196,9 @@ def _load(starts: dict[str, Path], ablation: Ablation) -> Starts:
     return Starts(models[ablation.start], models)
 
 
-def _starts(ablation: Ablation, config: AblateRun, folder: Path, stop: StopFlag) -> dict[str, Path] | None:
+def _starts(
+    ablation: Ablation, config: AblateRun, folder: Path, device: torch.device, stop: StopFlag
+) -> dict[str, Path] | None:
     """The checkpoints that the arms begin from, made where they are missing; None if a signal stopped that."""
     towers = [arm.tower for arm in ablation.arms.values() if arm.tower is not None]
     wanted = dict.fromkeys([ablation.start, *towers])
@@ -191,9 +210,9 @@ def _starts(ablation: Ablation, config: AblateRun, folder: Path, stop: StopFlag)
             continue
         if place in _CHAIN:
             for earlier in _CHAIN[: _CHAIN.index(place) + 1]:
-                _make(earlier, folder, stop)
+                _make(earlier, folder, device, stop)
         else:
-            _make(place, folder, stop)
+            _make(place, folder, device, stop)
         if stop.is_set:
             return None
         found[place] = path
@@ -209,7 +228,7 @@ def _of_demo(demo: Path, stage: str) -> Path:
     raise BadInputError(f"demo: expected the run folder of a demo that got through {stage}, got {demo}; leave it out")
 
 
-def _make(place: str, folder: Path, stop: StopFlag) -> None:
+def _make(place: str, folder: Path, device: torch.device, stop: StopFlag) -> None:
     """Train one shared start, unless it is there."""
     path = folder / place
     if stop.is_set or (path / "MANIFEST.json").exists():
@@ -219,17 +238,19 @@ def _make(place: str, folder: Path, stop: StopFlag) -> None:
             raise BadInputError(f"{path}: expected nobody at work there, got another command; wait for its end")
         say(f"shared start: {place}")
         model, processor = (
-            _make_tower(place, stop) if place == "warmup" or place in TOWERS else _go_on(place, folder, stop)
+            _make_tower(place, device, stop)
+            if place == "warmup" or place in TOWERS
+            else _go_on(place, folder, device, stop)
         )
         if not stop.is_set:
             save_model(path, model, processor, manifest={"stage": place})
 
 
-def _make_tower(place: str, stop: StopFlag) -> tuple[Blip3, Processor]:
+def _make_tower(place: str, device: torch.device, stop: StopFlag) -> tuple[Blip3, Processor]:
     config, kinds = TOWERS.get(place, (warmup_stage(), WARMUP_KINDS))
     torch.manual_seed(0)
     tokenizer = world_tokenizer(demo_model().lm.vocab_size)
-    model = Blip3(demo_model())
+    model = Blip3(demo_model()).to(device)
     processor = Processor(demo_model(), tokenizer)
     trainer = warmup_trainer(
         config, model, tokenizer, run=None, progress=TqdmProgress(), stop=stop, name=place, kinds=kinds
@@ -238,8 +259,8 @@ def _make_tower(place: str, stop: StopFlag) -> tuple[Blip3, Processor]:
     return model, processor
 
 
-def _go_on(place: str, folder: Path, stop: StopFlag) -> tuple[Blip3, Processor]:
-    before = load_model(folder / _CHAIN[_CHAIN.index(place) - 1], dtype=torch.float32)
+def _go_on(place: str, folder: Path, device: torch.device, stop: StopFlag) -> tuple[Blip3, Processor]:
+    before = load_model(folder / _CHAIN[_CHAIN.index(place) - 1], dtype=torch.float32, device=device)
     model = before.model
     processor = Processor(before.config.model, before.processor.tokenizer, image_cache_bytes=IMAGE_CACHE_BYTES)
     stage = {"pretrain": pretrain_stage, "sft": sft_stage}[place]()

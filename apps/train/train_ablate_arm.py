@@ -65,7 +65,7 @@ class Task:
     """See `ArmResult`."""
 
 
-def build_model(arm: Arm, starts: Starts, has_lm: bool, seed: int) -> tuple[Blip3, Processor]:
+def build_model(arm: Arm, starts: Starts, has_lm: bool, seed: int, device: torch.device) -> tuple[Blip3, Processor]:
     """The start's model with what the arm changes; `has_lm`: its language model has learnt something, so it is kept."""
     base = starts.start.config.model
     connector = replace(base.connector, num_latents=arm.num_latents)
@@ -82,7 +82,7 @@ def build_model(arm: Arm, starts: Starts, has_lm: bool, seed: int) -> tuple[Blip
     if has_lm:
         model.lang_model.load_state_dict(starts.start.model.lang_model.state_dict())
     processor = Processor(cfg, starts.start.processor.tokenizer, image_cache_bytes=IMAGE_CACHE_BYTES)
-    return model.requires_grad_(False).eval(), processor
+    return model.requires_grad_(False).eval().to(device), processor
 
 
 def teach_connector(model: Blip3, steps: int, seed: int, progress: Progress, stop: StopFlag) -> None:
@@ -90,7 +90,7 @@ def teach_connector(model: Blip3, steps: int, seed: int, progress: Progress, sto
     recipe = warmup_stage()
     train = replace(recipe.train, max_steps=steps, seed=seed)
     config = WarmupConfig(train=train, batch_size=recipe.batch_size, world_samples=steps * recipe.batch_size)
-    objective = DenseObjective(model).requires_grad_(True)
+    objective = DenseObjective(model).requires_grad_(True).to(model.device)
     model.vision_encoder.requires_grad_(False)
     trainer = Trainer(
         model=objective,
@@ -105,22 +105,22 @@ def teach_connector(model: Blip3, steps: int, seed: int, progress: Progress, sto
     model.eval().requires_grad_(False)
 
 
-def run_arm(task: Task, starts: Starts, progress: Progress, stop: StopFlag) -> ArmResult | None:
+def run_arm(task: Task, starts: Starts, device: torch.device, progress: Progress, stop: StopFlag) -> ArmResult | None:
     """Train and ask one arm; None if a signal stopped it."""
     num_threads = torch.get_num_threads()
     # The figures are the same on any number of cores, and two commands can share two of them.
     torch.set_num_threads(1)
     try:
-        return _run_arm(task, starts, progress, stop)
+        return _run_arm(task, starts, device, progress, stop)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _run_arm(task: Task, starts: Starts, progress: Progress, stop: StopFlag) -> ArmResult | None:
+def _run_arm(task: Task, starts: Starts, device: torch.device, progress: Progress, stop: StopFlag) -> ArmResult | None:
     ablation, seed = task.ablation, task.seed
     arm, seconds = ablation.arms[task.arm], dict[str, float]()
     began_s = time.monotonic()
-    model, processor = build_model(arm, starts, ablation.start != "warmup", seed)
+    model, processor = build_model(arm, starts, ablation.start != "warmup", seed, device)
     if arm.connector_steps:
         teach_connector(model, arm.connector_steps, seed, progress, stop)
     seconds["setup"] = time.monotonic() - began_s

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from blip3_lite.config import DeviceChoice
+
 LEAST_SEEDS = 3
 
 
@@ -12,6 +14,8 @@ class AblateRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Folder of all ablations and of the starts that they share."""
     demo: str | None = None
     """Run folder of a demo whose checkpoints are the shared starts; without it they are trained first, and kept."""
+    device: DeviceChoice = "auto"
+    """Where to compute: on the GPU where there is one (`auto`), or as said."""
     seeds: int = LEAST_SEEDS
     """Seeds of each arm: of its samples, their order, and fresh weights."""
     questions: int = 150

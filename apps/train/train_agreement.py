@@ -72,7 +72,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(msgspec.json.encode(sums)).hexdigest()[:16]
 
 
-def agree_on_order(recipe: str, config: StageRun, data: StageData, processes: Processes) -> None:
+def agree_on_order(recipe: str, config: StageRun, device: torch.device, data: StageData, processes: Processes) -> None:
     """Compare what decides which sample comes when and what is made of it.
 
     Raises:
@@ -84,6 +84,7 @@ def agree_on_order(recipe: str, config: StageRun, data: StageData, processes: Pr
                 "code": code_fingerprint(),
                 "settings": settings_fingerprint(recipe, config),
                 "data": data.fingerprint,
+                "kind of device": device.type,
                 "order": order_fingerprint(config.stage, data),
             }
         )

@@ -29,6 +29,7 @@ _Config = TypeVar("_Config", bound=msgspec.Struct)
 FREE_ON_RESUME = (
     "out",
     "resume",
+    "device",
     "accept_data_change",
     # The sources' fingerprints tell whether other data lie behind the name.
     "data",

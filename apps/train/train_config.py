@@ -8,7 +8,7 @@ import msgspec
 import tyro
 
 from anyres_tiler.config import TilingConfig
-from blip3_lite.config import Blip3Config
+from blip3_lite.config import Blip3Config, DeviceChoice
 from dpo_lite.config import DpoConfig
 from lora_lite.config import LoraConfig
 from perceiver_resampler.config import ResamplerConfig
@@ -160,6 +160,8 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """tokenizer.json for a fresh model; without it one is trained on the data's own text."""
     stage: Annotated[StageConfig, tyro.conf.arg(name="")]
     """The stage."""
+    device: DeviceChoice = "auto"
+    """Where to compute: on the GPU of each process where there is one (`auto`), or as said."""
     parallel: ParallelConfig = ParallelConfig()
     """How several processes share the work (started by torchrun or deepspeed)."""
     eval_questions: int = 0
@@ -189,6 +191,8 @@ class WarmupRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     out: str | None = None
     """Run folder; by default runs/RECIPE."""
+    device: DeviceChoice = "auto"
+    """Where to compute: on the GPU of each process where there is one (`auto`), or as said."""
     warmup: Annotated[WarmupConfig, tyro.conf.arg(name="")]
     """The warm-up."""
     model: Blip3Config
@@ -204,6 +208,8 @@ class LanguageRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """TOML file that lists the sources of the second part; without it the embedded world is drawn."""
     out: str | None = None
     """Run folder; by default runs/RECIPE."""
+    device: DeviceChoice = "auto"
+    """Where to compute: on the GPU of each process where there is one (`auto`), or as said."""
     warmup: WarmupConfig
     """First part: vision tower and connector."""
     stage: StageConfig
@@ -229,6 +235,8 @@ class DemoRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     out: str = "runs/demo"
     """Run folder; a number is added if it is taken."""
+    device: DeviceChoice = "auto"
+    """Where to compute: on the GPU of each process where there is one (`auto`), or as said."""
     seed: int = 0
     """Seed of weights, pictures and order; a stage's own seed is added for its order."""
     eval_questions: int = 250

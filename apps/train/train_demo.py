@@ -78,7 +78,7 @@ def _begin_stage(
     return stage, ready
 
 
-def run_demo(config: DemoRun, stop: StopFlag) -> bool:
+def run_demo(config: DemoRun, device: torch.device, stop: StopFlag) -> bool:
     """Run all stages; return False if a signal stopped them."""
     path = free_path(config.out)
     timer, progress = PhaseTimer(), TqdmProgress()
@@ -87,7 +87,8 @@ def run_demo(config: DemoRun, stop: StopFlag) -> bool:
         config = seeded(config)
         torch.manual_seed(config.seed)
         tokenizer = world_tokenizer(config.model.lm.vocab_size)
-        model = Blip3(config.model)
+        # Drawn before it is moved: the same weights on every device.
+        model = Blip3(config.model).to(device)
         processor = Processor(config.model, tokenizer, image_cache_bytes=IMAGE_CACHE_BYTES)
         warmup = warmup_trainer(config.warmup, model, tokenizer, run=run, progress=progress, stop=stop)
     announce(model, path)

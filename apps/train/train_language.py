@@ -70,7 +70,7 @@ def _joined(config: LanguageRun) -> tuple[Blip3, Processor]:
     return loaded.model, Processor(cfg, tokenizer, image_cache_bytes=IMAGE_CACHE_BYTES)
 
 
-def run_language(recipe: str, config: LanguageRun, stop: StopFlag) -> bool:
+def run_language(recipe: str, config: LanguageRun, device: torch.device, stop: StopFlag) -> bool:
     """Run both parts and the exam; return False if a signal stopped them."""
     path = run_path(recipe, config.out)
     timer, progress = PhaseTimer(), TqdmProgress()
@@ -79,6 +79,7 @@ def run_language(recipe: str, config: LanguageRun, stop: StopFlag) -> bool:
         data = stage_data("sft", world_samples, seed, _KINDS) if config.data is None else data_of_file(config.data)
         torch.manual_seed(config.warmup.train.seed)
         model, processor = _joined(config)
+        model.to(device)
         run = RunFolder.create(path, {"recipe": recipe, "config": config})
         words = label_words(model.lang_model, processor.tokenizer)
         warmup = warmup_trainer(

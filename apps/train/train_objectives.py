@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import torch
@@ -37,7 +37,8 @@ class NextToken:
 
     def loss(self, batch: PackedBatch) -> LossSum:
         """Sum over the batch's target tokens."""
-        return LossSum(self.model.loss_sum(batch), batch.num_targets)
+        # Counted where the batch was made: on a GPU the count would be waited for.
+        return LossSum(self.model.loss_sum(batch.to(self.model.device)), batch.num_targets)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Preference:
 
     def loss(self, batch: PairPack) -> LossSum:
         """Sum over the batch's pairs; parts: reward accuracy and margin, log-ratios and a KL estimate, summed."""
+        batch = replace(batch, pack=batch.pack.to(self.model.device))
         reference = self._reference(batch) if self.cfg.needs_reference else None
         baseline = self._baseline(batch.pack) if self.cfg.kind == "kto" else None
         log_probs = self._log_probs(batch.pack)

@@ -10,6 +10,7 @@ import torch
 from blip3_lite import Blip3, FeatureCache, LoadedModel, Processor, load_tokenizer
 from blip3_lite.assembly import join_parts, load_tower
 from blip3_lite.checkpoint import read_config
+from blip3_lite.device import choose_device
 from blip3_lite.model import undrawn_model
 from blip3_lite.opening import open_model
 from eval_lite import write_predictions
@@ -117,34 +118,42 @@ def _dispatch(command: Command, stop: StopFlag) -> bool:
         )
     if command.is_dry_run and isinstance(command.config, StageRun):
         return _dry_run(command.recipe, command.config, command.plan)
+    with checking_input():
+        device = choose_device(command.config.device)
     if isinstance(command.config, AblateRun):
-        return run_ablation(command.recipe, command.config, stop)
+        return run_ablation(command.recipe, command.config, device, stop)
     if isinstance(command.config, DemoRun):
-        return run_demo(command.config, stop)
+        return run_demo(command.config, device, stop)
     if isinstance(command.config, LanguageRun):
-        return run_language(command.recipe, command.config, stop)
+        return run_language(command.recipe, command.config, device, stop)
     if isinstance(command.config, WarmupRun):
-        return _run_warmup_alone(command.recipe, command.config, stop)
+        return _run_warmup_alone(command.recipe, command.config, device, stop)
     with checking_input():
         check_deepspeed(command.config.parallel)
+        if command.config.parallel.uses_deepspeed and device.type == "cpu" and torch.cuda.is_available():
+            raise BadInputError(
+                "device: expected cuda or auto with DeepSpeed, which takes the GPU where there is one, got cpu; use "
+                "--parallel.engine ddp, or hide the GPUs by an empty CUDA_VISIBLE_DEVICES"
+            )
         check_division(command.config.stage.train.accumulation_steps, num_processes)
-    with _joined(command.config) as processes:
-        return _run_stage_alone(command.recipe, command.config, stop, processes)
+    with _joined(command.config, device) as processes:
+        return _run_stage_alone(command.recipe, command.config, device, stop, processes)
 
 
 @contextmanager
-def _joined(config: StageRun) -> Generator[Processes]:
+def _joined(config: StageRun, device: torch.device) -> Generator[Processes]:
     """The other processes of the run; what fails while they meet is bad input."""
     with ExitStack() as stack:
         with checking_input():
-            processes = stack.enter_context(join(config.parallel))
+            processes = stack.enter_context(join(config.parallel, device))
         yield processes
 
 
-def _run_warmup_alone(recipe: str, config: WarmupRun, stop: StopFlag) -> bool:
+def _run_warmup_alone(recipe: str, config: WarmupRun, device: torch.device, stop: StopFlag) -> bool:
     with checking_input():
         torch.manual_seed(config.warmup.train.seed)
-        model = Blip3(config.model)
+        # Drawn before it is moved: the same weights on every device.
+        model = Blip3(config.model).to(device)
         tokenizer = world_tokenizer(config.model.lm.vocab_size)
         files = CheckpointFiles(model, Processor(config.model, tokenizer), None)
         run_folder = RunFolder.create(run_path(recipe, config.out), {"recipe": recipe, "config": config})
@@ -160,14 +169,16 @@ def _run_warmup_alone(recipe: str, config: WarmupRun, stop: StopFlag) -> bool:
     return not stop.is_set
 
 
-def _run_stage_alone(recipe: str, config: StageRun, stop: StopFlag, processes: Processes) -> bool:
+def _run_stage_alone(recipe: str, config: StageRun, device: torch.device, stop: StopFlag, processes: Processes) -> bool:
     path = run_path(recipe, config.out)
     with checking_input():
         data = _stage_data(recipe, config)
-        agree_on_order(recipe, config, data, processes)
+        agree_on_order(recipe, config, device, data, processes)
         run_folder, resume = run_to_continue(path, config, processes)
         torch.manual_seed(config.stage.train.seed)
         model, processor = _new_model(config, data) if resume is None else _model_shell(resume, data)
+        # Drawn or read before it is moved: the same weights on every device.
+        model.to(device)
         if resume is None:
             agree_on_weights(model, processes)
         if run_folder is None:

@@ -14,6 +14,7 @@ import lora_lite
 from blip3_lite import Blip3, EncodedSample, FeatureCache, PackedBatch, Processor, collate
 from blip3_lite.batch import IGNORE_INDEX
 from blip3_lite.checkpoint import WEIGHTS, load_tensors, model_writers, weights_file
+from blip3_lite.device import device_words
 from dpo_lite import ReferenceCache
 from fused_kernels import backend_report
 from interleave_data import (
@@ -354,7 +355,10 @@ def announce(model: Blip3, path: Path) -> None:
     counts = {name: num_parameters(part.parameters()) for name, part in parts.items()}
     listed = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
     total = sum(counts.values()) / 1e6
-    say(f"run folder {path}; {total:.2f} M parameters ({listed}); {torch.get_num_threads()} threads")
+    say(
+        f"run folder {path}; {total:.2f} M parameters ({listed}); {torch.get_num_threads()} threads, "
+        f"{device_words(model.device)}"
+    )
     rows = backend_report(model.device, torch.float32)
     say("kernels: " + ", ".join(f"{row.op}={row.backend}" for row in rows))
 
@@ -446,7 +450,7 @@ def kept_reference(
     for batch in make_stream(alone, once, processor, features):
         if batch.sample_ids:
             with torch.no_grad():
-                cache.put(batch.digests, answer_log_probs(model, batch.pack))
+                cache.put(batch.digests, answer_log_probs(model, batch.pack.to(model.device)))
     cache.save(path)
     return cache
 

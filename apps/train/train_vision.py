@@ -67,7 +67,7 @@ def label_words(lm: Phi3, tokenizer: HFTokenizer) -> Words:
     """
 
     def embedded(text: str) -> Float[Tensor, " width"]:
-        return lm.embed(torch.tensor(tokenizer.encode(text))).mean(0)
+        return lm.embed(torch.tensor(tokenizer.encode(text), device=lm.model.norm.weight.device)).mean(0)
 
     colours, forms, symbols = (
         torch.stack([embedded(f" {name}") for name in names]) for names in (COLOUR_NAMES, FORMS[1:], SYMBOLS)
@@ -171,10 +171,11 @@ class DenseObjective(nn.Module):
 
     def loss(self, batch: TileBatch) -> LossSum:
         """Sum over the tiles; parts: share of labelled patches named rightly from image tokens, by kind of label."""
+        batch = batch.to(self.place_head.weight.device)
         features = self.vision(normalise(batch.pixels))
         image_tokens = self.connector(features, None)
         token_loss, shares = self._token_loss(image_tokens, batch)
-        places = torch.arange(self.side).expand(len(batch.pixels), self.side, self.side)
+        places = torch.arange(self.side, device=features.device).expand(len(batch.pixels), self.side, self.side)
         rows, columns = self.place_head(features).chunk(2, dim=-1)
         place_loss = F.cross_entropy(rows.flatten(0, 1), places.mT.flatten())
         place_loss = place_loss + F.cross_entropy(columns.flatten(0, 1), places.flatten())
@@ -239,6 +240,7 @@ class SigmoidObjective(nn.Module):
 
     def loss(self, batch: PairBatch) -> LossSum:
         """Sum over the pairs."""
+        batch = batch.to(self.pair.logit_scale.device)
         images = self.pair.embed_images(normalise(batch.pixels))
         texts = self.pair.embed_texts(batch.captions)
         loss = sigmoid_loss(images, texts, self.pair.logit_scale, self.pair.logit_bias)
@@ -282,7 +284,8 @@ def warmup_trainer(
         objective, stream = DenseObjective(model, words), DenseStream(config, model.cfg, kinds)
     else:
         objective, stream = SigmoidObjective(_pair_model(model.cfg)), PairStream(config, model.cfg, tokenizer)
-    objective.requires_grad_(True)
+    # What the objective has beside the model goes to where that is.
+    objective.requires_grad_(True).to(model.device)
     return Trainer(
         model=objective,
         parameters=objective.named_parameters(),

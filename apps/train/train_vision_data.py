@@ -41,6 +41,10 @@ class TileBatch:
         """Patches computed."""
         return self.labels.shape[0] * self.labels.shape[-1]
 
+    def to(self, device: torch.device) -> "TileBatch":
+        """The same batch on `device`."""
+        return TileBatch(self.sample_ids, self.pixels.to(device), self.labels.to(device), self.edges.to(device))
+
 
 @dataclass(frozen=True)
 class PairBatch:
@@ -59,6 +63,10 @@ class PairBatch:
     def num_tokens(self) -> int:
         """Caption tokens computed."""
         return self.captions.numel()
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """The same batch on `device`."""
+        return PairBatch(self.sample_ids, self.pixels.to(device), self.captions.to(device))
 
 
 class DrawnStream(ABC):

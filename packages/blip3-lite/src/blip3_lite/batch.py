@@ -104,20 +104,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
-        names = (
-            "ids",
-            "targets",
-            "positions",
-            "cu_seqlens",
-            "image_index",
-            "tiles",
-            "valid",
-            "features",
-            "feature_order",
-        )
-        return replace(
-            self, **{name: value.to(device) for name in names if isinstance(value := getattr(self, name), Tensor)}
-        )
+        held = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: part.to(device) for name, part in held.items() if isinstance(part, Tensor)})
 
 
 def collate(samples: Sequence[EncodedSample], features: Float[Tensor, "p n d"] | None = None) -> PackedBatch:

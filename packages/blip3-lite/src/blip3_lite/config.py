@@ -13,6 +13,9 @@ from siglip_lite.config import SiglipVisionConfig
 
 FORMAT_VERSION = 1
 
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+"""Where to compute; `auto` is the GPU where there is one, else the CPU (see `blip3_lite.device`)."""
+
 XGEN_MM_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
+from blip3_lite.device import choose_device
+
 from .config import ParallelConfig
 
 LOST_STATUS = 6
@@ -360,20 +362,23 @@ def _within(seconds: float, act: Callable[[], object]) -> None:
 
 
 @contextmanager
-def join(cfg: ParallelConfig) -> Generator[Processes]:
+def join(cfg: ParallelConfig, device: torch.device | None = None) -> Generator[Processes]:
     """Meet the other ranks that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); part at the end.
+
+    device: where this process computes, which becomes torch's current one; by default its GPU where there is one.
 
     Raises:
         ValueError: the environment makes no sense, the others are not all there within the timeout, or the meeting
             place is taken.
     """
     rank, count = rank_and_count()
+    device = choose_device() if device is None else device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if count == 1 and not cfg.uses_deepspeed:
         yield Processes()
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     watchman: Watchman | None = None
     if count == 1:
         dist.init_process_group(backend, store=_no_store(), rank=0, world_size=1)
