@@ -340,12 +340,12 @@ def test_starts_are_trained_once_and_kept(app, train, parse, toy_model, monkeypa
     monkeypatch.setattr(train_ablate, "pretrain_stage", lambda: demo.pretrain)
     monkeypatch.setattr(train_ablate, "world_tokenizer", _toy_tokenizer)
     for place in ("warmup", "pretrain"):
-        train_ablate._make(place, tmp_path, StopFlag())
+        train_ablate._make(place, tmp_path, torch.device("cpu"), StopFlag())
     before, after = (load_model(tmp_path / place).model.state_dict() for place in ("warmup", "pretrain"))
     moved = {name.split(".")[0] for name, tensor in after.items() if not tensor.equal(before[name])}
     assert moved == {"vision_tokenizer", "lang_model"}
     written = (tmp_path / "warmup/MANIFEST.json").stat().st_mtime_ns
-    train_ablate._make("warmup", tmp_path, StopFlag())
+    train_ablate._make("warmup", tmp_path, torch.device("cpu"), StopFlag())
     assert (tmp_path / "warmup/MANIFEST.json").stat().st_mtime_ns == written
 
 

@@ -61,7 +61,7 @@ def test_a_run_compares_code_settings_data_order_weights_and_folder(train, monke
                 raise ValueError(f"run folder: {facts}")
 
     @contextmanager
-    def joined(_: object):
+    def joined(*_: object):
         yield Second(1, 2)
 
     monkeypatch.setattr(train_run, "join", joined)
@@ -69,7 +69,7 @@ def test_a_run_compares_code_settings_data_order_weights_and_folder(train, monke
     assert train("sft", *toy_flags, "--accumulation-steps", "2", "--world-samples", "20") == 2
     assert "--out has to be on a disk that all hosts share" in capsys.readouterr().err
     compared = [sorted(facts) for facts in told]
-    assert compared == [["code", "data", "order", "settings"], ["weights"], ["run folder runs/sft"]]
+    assert compared == [["code", "data", "kind of device", "order", "settings"], ["weights"], ["run folder runs/sft"]]
     assert not Path("runs").exists()
 
 
