@@ -173,13 +173,17 @@ def _open(config: EvaluateConfig, path: Path) -> LoadedModel:
     dtype = None if config.quantize is None else torch.bfloat16
     device = choose_device(config.device)
     with tqdm(desc=f"loading {path.name}", unit="tensor", disable=None, leave=False) as bar:
+
+        def advance(_: str) -> None:
+            bar.update()
+
         loaded = open_model(
             path,
             quantize=config.quantize,
             dtype=dtype,
             device=device,
             on_count=bar.reset,
-            on_tensor=lambda _: bar.update(),
+            on_tensor=advance,
         )
     if not isinstance(loaded, LoadedModel):
         raise EvaluateError(f"model {path}: expected one that sees pictures, got a language model alone; name another")

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def _item(index: int, *, answer: str = "red", choices: tuple[str, ...] = (), siz
     return EvalItem(group="g", prompt=prompt, answer=answer, choices=choices)
 
 
-def _task(kind="question", wording: Wording | None = None) -> Task:
+def _task(kind: Literal["question", "document"] = "question", wording: Wording | None = None) -> Task:
     return Task(
         name="toy",
         files="",

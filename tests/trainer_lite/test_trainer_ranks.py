@@ -27,7 +27,7 @@ from safetensors import safe_open
 
 from blip3_lite import read_manifest
 from trainer_lite import OptimizerConfig, ParallelConfig, Processes, RunFolder, TrainConfig, read_metrics
-from trainer_lite.loop import check_division
+from trainer_lite.config import check_division
 from trainer_lite.processes import LOST_STATUS
 
 STEPS, FEW = 8, 3
