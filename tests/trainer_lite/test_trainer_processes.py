@@ -55,6 +55,22 @@ def test_ranks_that_stand_at_one_place_hang_where_that_is_bounded(is_bounded: bo
     assert "alive but without progress" in look(first, second, TIMEOUT_S + 1)
 
 
+def test_a_rank_that_says_nothing_is_not_called_alive() -> None:
+    """Stopped as a whole: its last move lies behind its last sign, and so its hang would be found first."""
+    first, second = pair()
+    for watchman in (first, second):
+        watchman.at("step 3, data", False)
+    first.go_on()
+    look(first, second, 0)
+    now_s = time.monotonic()
+    first._answered_s, first._moved_s = now_s, now_s - TIMEOUT_S
+    sign, _, _ = first._seen[second.rank]
+    first._seen[second.rank] = sign, now_s - TIMEOUT_S / 2, now_s - TIMEOUT_S
+    assert first._look() == ""
+    first._seen[second.rank] = sign, now_s - TIMEOUT_S, now_s - TIMEOUT_S
+    assert "no sign of life for 5." in first._look()
+
+
 def test_an_error_that_names_a_file_in_no_utf8_reaches_the_others() -> None:
     first, second = pair()
     assert first.explain(ValueError("a\udcff.tar is bad\nmore")) is None

@@ -330,8 +330,9 @@ class Watchman(threading.Thread):
         """Say who has not moved for too long; the furthest behind first, for whom the others may wait."""
         stuck = [
             (sign, f"{self._called(rank)}: last seen at {sign.place}", now_s - moved_s)
-            for rank, (sign, _, moved_s) in sorted(self._seen.items(), key=lambda seen: seen[1][0].progress)
-            if min(now_s - moved_s, now_s - self._moved_s) > self._limit_s
+            for rank, (sign, lived_s, moved_s) in sorted(self._seen.items(), key=lambda seen: seen[1][0].progress)
+            # One that says nothing is not said to be alive; its silence has a limit too.
+            if min(now_s - moved_s, now_s - self._moved_s) > self._limit_s and now_s - lived_s < 3 * self.interval_s
         ]
         for sign, last_seen, idle_s in stuck:
             is_behind = sign.progress < self._progress
