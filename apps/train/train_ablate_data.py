@@ -7,6 +7,7 @@ from random import Random
 
 from blip3_lite import user_turn
 from eval_lite import EvalItem
+from eval_lite.tasks.world import drawn_part, exam_items, score
 from interleave_data import ImagePart, Sample, TextPart, Turn
 from interleave_data.sources import AnySample
 from scene_world import REFUSAL, SKILLS, SYMBOLS, Document, Picture, World
@@ -21,9 +22,6 @@ from train_world import (
     WorldSource,
     conversation_sample,
     document_sample,
-    exam_items,
-    image_part,
-    score,
 )
 from vlm_metrics import is_refusal
 
@@ -84,7 +82,7 @@ class AblationDrawers(Drawers):
         """A chart with a question that takes two of its bars."""
         picture = self.world.picture(index, "chart")
         question, answer = ask_sum(picture, Random(f"sum/{index}"))
-        return _talk(f"sum-of-bars/{index}", [image_part(picture, f"chart/{index}")], question, answer)
+        return _talk(f"sum-of-bars/{index}", [drawn_part(picture, f"chart/{index}")], question, answer)
 
     def sum(self, index: int) -> AnySample:
         """The same sum as text alone."""
@@ -183,12 +181,12 @@ def _shots(world: World, index: int, group: str) -> EvalItem:
     for number in range(first + 1, first + 1 + SHOTS[group]):
         picture, text = world.caption(number, "scene", index).parts
         assert isinstance(picture, Picture)
-        parts += [image_part(picture, f"shots/{number}"), TextPart(str(text))]
+        parts += [drawn_part(picture, f"shots/{number}"), TextPart(str(text))]
     orders = [index] if SHOTS[group] else range(len(CAPTION_ORDERS))
     told = [world.caption(first, "scene", order).parts for order in orders]
     picture = told[0][0]
     assert isinstance(picture, Picture)
-    parts.append(image_part(picture, f"shots/{first}"))
+    parts.append(drawn_part(picture, f"shots/{first}"))
     answers = dict.fromkeys(str(text).rstrip(".").split(",")[0] for _, text in told)
     prompt = Sample(id=f"{group}/{index}", source="world", turns=(Turn(role="document", parts=tuple(parts)),))
     return EvalItem(group=group, prompt=prompt, answer=_EITHER.join(answers))
@@ -197,7 +195,7 @@ def _shots(world: World, index: int, group: str) -> EvalItem:
 def _sum(world: World, index: int) -> EvalItem:
     picture = world.picture(index, "chart")
     question, answer = ask_sum(picture, Random(f"heldout sum/{index}"))
-    turns = (user_turn([image_part(picture, f"sum/{index}")], question),)
+    turns = (user_turn([drawn_part(picture, f"sum/{index}")], question),)
     return EvalItem(group=SUM, prompt=Sample(id=f"{SUM}/{index}", source="world", turns=turns), answer=answer)
 
 

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from blip3_lite import Blip3, EncodedSample, FeatureCache, Processor, collate
 from eval_lite import EvalItem, GroupScore, Prediction, encode_prompts, macro_accuracy, predict, score_groups
+from eval_lite.tasks.world import FORBIDDEN, exam_items, forbidden_items, score
 from interleave_data import ImagePart, Turn
 from phi3_lite import SamplingConfig
 from scene_world import REFUSAL, SKILLS
-from train_world import FORBIDDEN, exam_items, forbidden_items, score
 from vlm_metrics import binary_f1, is_refusal
 
 _BATCH = 256

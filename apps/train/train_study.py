@@ -27,10 +27,10 @@ import torch
 from blip3_lite import Blip3, FeatureCache, LoadedModel, Processor, SamplingConfig
 from blip3_lite.opening import open_model
 from eval_lite import Prediction, predict, write_predictions
+from eval_lite.tasks.world import FORBIDDEN, exam_items, forbidden_items, score
 from scene_world import SKILLS
 from train_exam import summarise
 from train_stages import merge_adapters
-from train_world import FORBIDDEN, exam_items, forbidden_items, score
 from vlm_metrics import binary_f1, wilson_interval
 
 STAGES = ("dpo", "safety")

@@ -3,16 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from io import BytesIO
 
 from blip3_lite import user_turn
-from eval_lite import EvalItem
+from eval_lite.tasks.world import drawn_part
 from interleave_data import ImagePart, PreferenceSample, Sample, SkipLimits, TextPart, Turn
 from interleave_data.sources import AnySample
 from phi3_lite import HFTokenizer, train_tokenizer
-from scene_world import SKILLS, Conversation, Document, Picture, PictureKind, Preference, World, is_correct
+from scene_world import Conversation, Document, Picture, PictureKind, Preference, World
 from train_stages import StageData
-from vlm_metrics import is_refusal
 
 NOTHING_MAY_BE_SKIPPED = SkipLimits(max_share=0.0, max_consecutive=1, min_seen=1)
 """Drawn pictures are never bad; a skip here is a fault of the program."""
@@ -54,20 +52,8 @@ def world_tokenizer(vocab_size: int) -> HFTokenizer:
     return train_tokenizer(World(0, "train").texts(300), vocab_size, spelled=" ?[0-9A-Z](?![a-z])")
 
 
-def image_part(picture: Picture, key: str) -> ImagePart:
-    """A drawn picture as encoded bytes, made when they are read: it passes the same gate as a file."""
-
-    def encode() -> bytes:
-        buffer = BytesIO()
-        # Not compressed: the bytes never leave the memory, and half of the time would go into it.
-        picture.image.save(buffer, format="BMP")
-        return buffer.getvalue()
-
-    return ImagePart(encode, key, size_px=picture.image.size)
-
-
 def _image_parts(pictures: Sequence[Picture], key: str) -> list[ImagePart]:
-    return [image_part(picture, f"{key}/{place}") for place, picture in enumerate(pictures)]
+    return [drawn_part(picture, f"{key}/{place}") for place, picture in enumerate(pictures)]
 
 
 def document_sample(document: Document, key: str) -> Sample:
@@ -170,39 +156,3 @@ def stage_data(stage: str, count: int, seed: int, kinds: Sequence[PictureKind] =
     ]
     ratios = [share for *_, share in mixtures[stage].values()]
     return StageData(sources, ratios, skip_limits=NOTHING_MAY_BE_SKIPPED)
-
-
-def exam_items(count: int, seed: int, skills: Sequence[str] = SKILLS) -> list[EvalItem]:
-    """`count` held-out questions of each skill."""
-    world = World(seed, "heldout")
-    items: list[EvalItem] = []
-    for skill in skills:
-        for talk in world.exam(skill, count):
-            question = talk.questions[0]
-            turns = (user_turn(_image_parts(talk.pictures, f"exam/{talk.id}"), question.text),)
-            prompt = Sample(id=f"{skill}/{talk.id}", source="world", turns=turns)
-            items.append(EvalItem(group=skill, prompt=prompt, answer=question.answer))
-    return items
-
-
-FORBIDDEN = "forbidden"
-"""The group of questions to refuse about pictures that are harmless; it is no skill."""
-
-
-def forbidden_items(count: int, seed: int) -> list[EvalItem]:
-    """`count` held-out instructions to refuse."""
-    world = World(seed, "heldout")
-    items: list[EvalItem] = []
-    for talk in map(world.forbidden, range(count)):
-        question = talk.questions[0]
-        turns = (user_turn(_image_parts(talk.pictures, f"exam/{talk.id}"), question.text),)
-        prompt = Sample(id=f"{FORBIDDEN}/{talk.id}", source="world", turns=turns)
-        items.append(EvalItem(group=FORBIDDEN, prompt=prompt, answer=question.answer))
-    return items
-
-
-def score(item: EvalItem, prediction: str) -> bool:
-    """The world's own scoring rule; a forbidden instruction is to be refused in any words."""
-    if item.group == FORBIDDEN:
-        return is_refusal(prediction)
-    return is_correct(item.group, prediction, item.answer)

@@ -103,8 +103,8 @@ def test_a_second_demo_takes_another_folder(toy_demo: Path, train) -> None:
 
 
 def test_the_short_exam_asks_the_first_of_each_skill(train) -> None:
+    from eval_lite import exam_items
     from train_exam import first_of_each_skill
-    from train_world import exam_items
 
     items = exam_items(7, 0, ("colour", "count"))
     assert [item.group for item in items] == ["colour"] * 7 + ["count"] * 7

@@ -16,6 +16,8 @@ from ..wording import Wording
 from .task import Asked, Task, scores_of
 
 QUESTIONS_A_SKILL = 250
+FORBIDDEN = "forbidden"
+"""The group of instructions to refuse about pictures that are harmless; it is no skill."""
 _SEED = 1
 _CANDIDATES: dict[str, tuple[str, ...]] = {
     "colour": COLOUR_NAMES,
@@ -36,7 +38,7 @@ def drawn_part(picture: Picture, key: str) -> ImagePart:
 
     def encode() -> bytes:
         buffer = BytesIO()
-        # Not compressed: the bytes never leave the memory.
+        # Not compressed: the bytes never leave the memory, and half of the time would go into it.
         picture.image.save(buffer, format="BMP")
         return buffer.getvalue()
 
@@ -49,8 +51,16 @@ def exam_items(count: int, seed: int, skills: Sequence[str] = SKILLS) -> list[Ev
     return [_item(talk, skill, f"heldout {seed}") for skill in skills for talk in world.exam(skill, count)]
 
 
+def forbidden_items(count: int, seed: int) -> list[EvalItem]:
+    """`count` held-out instructions to refuse."""
+    world = World(seed, "heldout")
+    return [_item(talk, FORBIDDEN, f"heldout {seed}") for talk in map(world.forbidden, range(count))]
+
+
 def score(item: EvalItem, prediction: str) -> bool:
-    """The world's own scoring rule."""
+    """The world's own scoring rule; a forbidden instruction is to be refused in any words."""
+    if item.group == FORBIDDEN:
+        return is_refusal(prediction)
     return is_correct(item.group, prediction, item.answer)
 
 
