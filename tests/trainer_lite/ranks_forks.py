@@ -23,7 +23,7 @@ import torch
 from ranks_run import Job, main
 
 from trainer_lite import RankLostError
-from trainer_lite.processes import LOST_STATUS
+from trainer_lite.watchman import LOST_STATUS
 
 
 class Launch(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -1,11 +1,12 @@
-"""Who is said to be lost, by what ranks have told the store; with real processes: `test_trainer_ranks_lost.py`."""
+"""Who is said to be lost, by what ranks have told the store; with real processes: `test_trainer_ranks.py`."""
 
 import time
 
 import pytest
 import torch.distributed as dist
 
-from trainer_lite.processes import Watchman, rank_and_count
+from trainer_lite.processes import rank_and_count
+from trainer_lite.watchman import Watchman
 
 TIMEOUT_S = 5.0
 

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from blip3_lite import read_manifest
 from trainer_lite import OptimizerConfig, ParallelConfig, Processes, RunFolder, TrainConfig, read_metrics
 from trainer_lite.config import check_division
-from trainer_lite.processes import LOST_STATUS
+from trainer_lite.watchman import LOST_STATUS
 
 STEPS, FEW = 8, 3
 

@@ -12,7 +12,7 @@ from ranks import ENGINES, digests, each_engine, furthest, hex_losses, losses, n
 from ranks_run import Job, run
 
 from trainer_lite import Processes
-from trainer_lite.processes import LOST_STATUS
+from trainer_lite.watchman import LOST_STATUS
 
 pytestmark = [pytest.mark.nightly, needs_linux]
 STEPS = 50

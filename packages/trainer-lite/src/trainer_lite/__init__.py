@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from .planning import state_bytes as state_bytes
     from .planning import step_seconds as step_seconds
     from .processes import Processes as Processes
-    from .processes import RankLostError as RankLostError
     from .processes import join as join
     from .progress import IndexProgress as IndexProgress
     from .progress import Progress as Progress
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from .run_folder import SaveError as SaveError
     from .schedule import learning_rate_factor as learning_rate_factor
     from .stop import StopFlag as StopFlag
+    from .watchman import RankLostError as RankLostError
 
 _HOMES = {
     "DEVICE_KINDS": "planning",
@@ -76,7 +76,7 @@ _HOMES = {
     "Processes": "processes",
     "Progress": "progress",
     "QuietProgress": "progress",
-    "RankLostError": "processes",
+    "RankLostError": "watchman",
     "Report": "report",
     "RunFolder": "run_folder",
     "SaveError": "run_folder",
