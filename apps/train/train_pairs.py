@@ -10,7 +10,7 @@ from blip3_lite import Blip3, FeatureCache, Processor, SamplingConfig, collate
 from eval_lite import EvalItem, predict
 from interleave_data import PreferenceSample, Sample, SkipSample, Source, TextPart
 from interleave_data.sources import AnySample
-from train_stages import StageData
+from train_stream import StageData
 from trainer_lite import Progress
 
 _QUESTIONS_AT_A_TIME = 512

@@ -8,7 +8,8 @@ from train_config import StageConfig
 from train_errors import BadInputError
 from train_noise import NoisedStream
 from train_pairs import own_errors
-from train_stages import PackStream, StageData, kept_reference, make_stream
+from train_stages import kept_reference
+from train_stream import PackStream, StageData, make_stream
 from trainer_lite import Processes, Progress, RunFolder
 
 OWN_ERRORS_FILE = "own_errors.jsonl"

@@ -24,17 +24,19 @@ from dpo_lite import split_pairs
 from interleave_data import ImagePart, PreferenceSample, SkipSample, load_data_file, open_sources
 from scene_world import World
 from train_objectives import answer_log_probs
-from train_stages import StageData, base_view_processor, merge_adapters
+from train_stages import merge_adapters
+from train_stream import StageData, base_view_processor
 from train_world import Drawers, WorldSource
 from vlm_metrics import wilson_interval
 
 _PAIRS_AT_A_TIME = 16
 
 
-def _load(path: str) -> tuple[Blip3, Processor]:
-    loaded = open_model(Path(path), dtype=torch.float32)
+def load_merged(path: Path) -> tuple[Blip3, Processor]:
+    """A checkpoint's model with its adapters merged; exits if it is not a whole model."""
+    loaded = open_model(path, dtype=torch.float32)
     if not isinstance(loaded, LoadedModel):
-        sys.exit(f"{path}: expected a whole model, got a language model alone")
+        sys.exit(f"{path}: expected a whole model, got a language model alone; name a checkpoint of apps/train")
     if loaded.config.lora is not None:
         merge_adapters(loaded.model)
     return loaded.model.eval().requires_grad_(False), loaded.processor
@@ -122,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=99, help="of the world")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    (policy, processor), (reference, _) = _load(args.policy), _load(args.reference)
+    (policy, processor), (reference, _) = load_merged(Path(args.policy)), load_merged(Path(args.reference))
     if args.views == "base":
         processor = base_view_processor(processor)
     if args.data is not None:

@@ -39,18 +39,9 @@ from train_exam import Exam, StageScores
 from train_language import run_language
 from train_preparation import prepare
 from train_report import write_run_report
-from train_stages import (
-    IMAGE_CACHE_BYTES,
-    CheckpointFiles,
-    StageData,
-    announce,
-    data_of_file,
-    fit_stage,
-    merge_adapters,
-    num_parameters,
-    say,
-    stage_trainer,
-)
+from train_stages import CheckpointFiles, fit_stage, merge_adapters, stage_trainer
+from train_stream import IMAGE_CACHE_BYTES, StageData, data_of_file
+from train_terminal import announce, num_parameters, say
 from train_vision import fit_warmup, warmup_trainer
 from train_world import WORLD_STAGES, stage_data, world_tokenizer
 from trainer_lite import (

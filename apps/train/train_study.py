@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
-from blip3_lite import Blip3, FeatureCache, LoadedModel, Processor, SamplingConfig
-from blip3_lite.opening import open_model
+from blip3_lite import Blip3, FeatureCache, Processor, SamplingConfig
 from eval_lite import Prediction, predict, write_predictions
 from eval_lite.tasks.world import FORBIDDEN, exam_items, forbidden_items, score
 from scene_world import SKILLS
 from train_exam import summarise
-from train_stages import merge_adapters
+from train_reward_accuracy import load_merged
 from vlm_metrics import binary_f1, wilson_interval
 
 STAGES = ("dpo", "safety")
@@ -56,16 +54,6 @@ def train(stage: str, start: Path, folder: Path) -> Path:
     return newest(folder)
 
 
-def load(path: Path) -> tuple[Blip3, Processor]:
-    """A checkpoint's model with its adapters merged."""
-    loaded = open_model(path, dtype=torch.float32)
-    if not isinstance(loaded, LoadedModel):
-        sys.exit(f"{path}: expected a whole model, got a language model alone; name a checkpoint of apps/train")
-    if loaded.config.lora is not None:
-        merge_adapters(loaded.model)
-    return loaded.model.eval().requires_grad_(False), loaded.processor
-
-
 def examine(checkpoint: Path, folder: Path, num_questions: int) -> list[Prediction]:
     """Ask all skills, one file a skill; those that are there are read."""
     found: list[Prediction] = []
@@ -76,7 +64,7 @@ def examine(checkpoint: Path, folder: Path, num_questions: int) -> list[Predicti
         if path.exists():
             found += [msgspec.json.decode(line, type=Prediction) for line in path.read_bytes().splitlines()]
             continue
-        model, processor = loaded = loaded or load(checkpoint)
+        model, processor = loaded = loaded or load_merged(checkpoint)
         items = forbidden_items(count, _EXAM_SEED) if skill == FORBIDDEN else exam_items(count, _EXAM_SEED, [skill])
         features = FeatureCache(model, 1 << 28)
         said: list[Prediction] = []

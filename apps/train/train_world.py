@@ -10,7 +10,7 @@ from interleave_data import ImagePart, PreferenceSample, Sample, SkipLimits, Tex
 from interleave_data.sources import AnySample
 from phi3_lite import HFTokenizer, train_tokenizer
 from scene_world import Conversation, Document, Picture, PictureKind, Preference, World
-from train_stages import StageData
+from train_stream import StageData
 
 NOTHING_MAY_BE_SKIPPED = SkipLimits(max_share=0.0, max_consecutive=1, min_seen=1)
 """Drawn pictures are never bad; a skip here is a fault of the program."""

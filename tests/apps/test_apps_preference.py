@@ -29,10 +29,11 @@ def app(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
     import train_pairs
     import train_preparation
     import train_stages
+    import train_stream
 
     class App:
         answers, noise, objectives = train_answers, train_noise, train_objectives
-        pairs, preparation, stages = train_pairs, train_preparation, train_stages
+        pairs, preparation, stages, stream = train_pairs, train_preparation, train_stages, train_stream
 
     return App
 
@@ -211,9 +212,9 @@ def noised_stream(app, model, processor, samples, accumulation=2):
         max_samples=1,
         noise=0.9,
     )
-    data = app.stages.StageData([InMemory("toy", samples)])
+    data = app.stream.StageData([InMemory("toy", samples)])
     return app.noise.NoisedStream(
-        app.stages.make_stream(stage, data, processor, None),
+        app.stream.make_stream(stage, data, processor, None),
         model,
         processor,
         noise=0.9,
@@ -282,7 +283,7 @@ def test_own_errors_become_pairs_and_are_read_again(app, tiny_model, tiny_proces
         Sample(str(n), "talk", (Turn("user", (picture(n), TextPart("which?"))), Turn("assistant", (TextPart(right),))))
         for n, right in enumerate(["Red  square", "blue", "green"])
     ]
-    data = app.stages.StageData(
+    data = app.stream.StageData(
         [InMemory("talk", talks), InMemory("toy", [preference(0), preference(1)])], ratios=[3.0, 1.0]
     )
     said = iter(["red square", "green", "", "green", "a blue square"])
@@ -315,11 +316,11 @@ def test_reference_of_all_answers_makes_adapters_needless(app, tiny_model, tiny_
 
     stage = StageConfig(train=TrainConfig(max_steps=1), objective="preference", max_samples=2)
     assert stage.has_kept_reference
-    data = app.stages.StageData([InMemory("toy", [preference(number) for number in range(4)])])
+    data = app.stream.StageData([InMemory("toy", [preference(number) for number in range(4)])])
     path = tmp_path / "reference.json"
     cache = app.stages.kept_reference(tiny_model, stage, data, tiny_processor, None, path)
     assert len(cache) == 8
-    batch = next(iter(app.stages.make_stream(stage, data, tiny_processor, None)))
+    batch = next(iter(app.stream.make_stream(stage, data, tiny_processor, None)))
     with torch.no_grad():
         live = app.objectives.answer_log_probs(tiny_model, batch.pack)
     torch.testing.assert_close(cache.get(batch.digests), live, atol=1e-5, rtol=0)
@@ -331,7 +332,7 @@ def test_reference_of_all_answers_makes_adapters_needless(app, tiny_model, tiny_
     assert cache.get(batch.digests).allclose(live, atol=1e-5)
     again = app.stages.kept_reference(tiny_model, stage, data, tiny_processor, None, path)
     assert again.get(batch.digests).equal(cache.get(batch.digests))
-    other = app.stages.StageData([InMemory("other", [preference(0)])])
+    other = app.stream.StageData([InMemory("other", [preference(0)])])
     with pytest.raises(ReferenceCacheError, match="fingerprint"):
         app.stages.kept_reference(tiny_model, stage, other, tiny_processor, None, path)
 
