@@ -54,7 +54,7 @@ def prepare(
         raise BadInputError(f"noise: expected one process, got {processes.count}; start one, or leave it out")
     if stage.own_errors is not None:
         path = run.path / OWN_ERRORS_FILE
-        data = own_errors(data, stage.own_errors, model, processor, features, path, progress)
+        data = own_errors(data, stage.own_errors, model, processor, features, path, progress, seed=stage.train.seed)
     reference = None
     if stage.has_kept_reference:
         reference = kept_reference(model, stage, data, processor, features, run.path / REFERENCE_FILE)

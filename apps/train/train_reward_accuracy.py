@@ -60,8 +60,9 @@ def world_pairs(
     count: int, seed: int, reference: Blip3, processor: Processor, *, are_own_errors: bool
 ) -> list[PreferenceSample]:
     """Held-out presence questions; of own errors, those that the reference answers wrongly."""
-    source = WorldSource("preferences", count, Drawers(World(seed, "heldout")).preference, f"seed {seed}")
+    drawers = Drawers(World(seed, "heldout"))
     if not are_own_errors:
+        source = WorldSource("preferences", count, drawers.preference, f"seed {seed}")
         return [sample for sample in (source[index] for index in range(count)) if isinstance(sample, PreferenceSample)]
     from tempfile import TemporaryDirectory
 
@@ -70,7 +71,8 @@ def world_pairs(
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "errors.jsonl"
-        made = own_errors(StageData([source]), count, reference, processor, None, path, QuietProgress())
+        source = WorldSource("presence", count, drawers.presence, f"seed {seed}")
+        made = own_errors(StageData([source]), count, reference, processor, None, path, QuietProgress(), seed=seed)
     errors = made.sources[0]
     return [sample for sample in (errors[i] for i in range(len(errors))) if isinstance(sample, PreferenceSample)]
 

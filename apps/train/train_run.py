@@ -264,7 +264,8 @@ def _stage_data(recipe: str, config: StageRun) -> StageData:
     if config.data is None:
         if recipe not in WORLD_STAGES:
             raise BadInputError(f"{recipe}: expected --data FILE, got none; the embedded world is for small models")
-        return stage_data(recipe, config.stage.world_samples, config.stage.train.seed)
+        mixture = recipe if config.stage.own_errors is None else "own-errors"
+        return stage_data(mixture, config.stage.world_samples, config.stage.train.seed)
     return data_of_file(config.data)
 
 

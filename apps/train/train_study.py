@@ -29,7 +29,7 @@ from eval_lite.tasks.world import FORBIDDEN, exam_items, forbidden_items, score
 from scene_world import SKILLS
 from train_exam import summarise
 from train_reward_accuracy import load_merged
-from vlm_metrics import binary_f1, wilson_interval
+from vlm_metrics import paired_bootstrap, wilson_interval
 
 STAGES = ("dpo", "safety")
 _HERE = Path(__file__).resolve().parent
@@ -84,10 +84,14 @@ def examine(checkpoint: Path, folder: Path, num_questions: int) -> list[Predicti
     return found
 
 
-def absent_f1(predictions: Sequence[Prediction]) -> float:
-    """F1 of "no" on presence questions."""
-    said = [prediction.prediction.strip().lower() for prediction in predictions]
-    return binary_f1(said, [prediction.answer for prediction in predictions], positive="no").f1
+def _says_no(text: str) -> bool:
+    return text.strip().lower() == "no"
+
+
+def absent_f1(answers: Sequence[tuple[bool, bool]]) -> float:
+    """F1 of "no" on presence questions, each told as whether "no" was said, and whether it is right."""
+    found, said, there = (sum(column) for column in zip(*((s and r, s, r) for s, r in answers), strict=True))
+    return 2 * found / (said + there) if found else 0.0
 
 
 def mcnemar(num_gained: int, num_lost: int) -> float:
@@ -121,15 +125,17 @@ def compare(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[s
             "p": mcnemar(gained, lost),
             "n": len(pairs),
         }
-    presence = by_skill["presence"]
-    rng = random.Random(0)
-    drawn: list[float] = []
-    for _ in range(1000):
-        pairs = rng.choices(presence, k=len(presence))
-        drawn.append(absent_f1([other for _, other in pairs]) - absent_f1([one for one, _ in pairs]))
-    drawn.sort()
-    ends = absent_f1([one for one, _ in presence]), absent_f1([other for _, other in presence])
-    f1 = {"before": ends[0], "after": ends[1], "low_of_difference": drawn[25], "high_of_difference": drawn[974]}
+    ends = [
+        [(_says_no(pair[side].prediction), _says_no(pair[side].answer)) for pair in by_skill["presence"]]
+        for side in (0, 1)
+    ]
+    _, low, high = paired_bootstrap(ends[1], ends[0], random.Random(0), statistic=absent_f1)
+    f1 = {
+        "before": absent_f1(ends[0]),
+        "after": absent_f1(ends[1]),
+        "low_of_difference": low,
+        "high_of_difference": high,
+    }
     return {"absent_f1": f1, "skills": skills}
 
 

@@ -116,6 +116,10 @@ class Drawers:
         """A better and a worse answer."""
         return preference_sample(self.world.preference(index), f"scene/{index}")
 
+    def presence(self, index: int) -> AnySample:
+        """Whether something is there, yes and no in equal parts."""
+        return conversation_sample(self.world.exam_item("presence", index), f"presence/{index}")
+
     def forbidden(self, index: int) -> AnySample:
         """A look-alike with an instruction to refuse."""
         return conversation_sample(self.world.forbidden(index), f"any-card/{2 * index}")
@@ -141,6 +145,8 @@ def stage_data(stage: str, count: int, seed: int, kinds: Sequence[PictureKind] =
             "questions": (drawers.questions, QUESTION_ROUNDS, 0.5),
         },
         "dpo": {"preferences": (drawers.preference, 1, 1.0)},
+        # Of `dpo` where the model is asked first: as often yes as no, or its errors would teach which comes more often.
+        "own-errors": {"presence": (drawers.presence, 1, 1.0)},
         # As 2 k pictures of VLGuard, half of them safe with an unsafe instruction besides, and 5 k samples of SFT.
         "safety": {
             "cards": (drawers.card, 1, 2 / 8),
