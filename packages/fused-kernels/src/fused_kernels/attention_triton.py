@@ -81,6 +81,41 @@ def store_part(ptr, row, is_row, stride, value, head_dim: tl.constexpr, first: t
 
 @triton.jit
 @no_type_check
+def load_rows(
+    ptr, row, is_row, stride,
+    head_dim: tl.constexpr, main: tl.constexpr, rest: tl.constexpr, is_masked: tl.constexpr,
+):  # fmt: skip
+    """Load both parts of a head of these rows; where there is one only, it stands for the other."""
+    value = load_part(ptr, row, is_row, stride, head_dim, 0, main, is_masked)
+    value_rest = value
+    if rest > 0:
+        value_rest = load_part(ptr, row, is_row, stride, head_dim, main, rest, is_masked)
+    return value, value_rest
+
+
+@triton.jit
+@no_type_check
+def store_rows(
+    ptr, row, is_row, stride, value, value_rest, head_dim: tl.constexpr, main: tl.constexpr, rest: tl.constexpr
+):
+    """Store both parts of a head of the rows where is_row."""
+    store_part(ptr, row, is_row, stride, value, head_dim, 0, main)
+    if rest > 0:
+        store_part(ptr, row, is_row, stride, value_rest, head_dim, main, rest)
+
+
+@triton.jit
+@no_type_check
+def zeros_of(rows: tl.constexpr, main: tl.constexpr, rest: tl.constexpr):
+    """Both parts of a sum over heads of so many rows, at zero."""
+    return (
+        tl.zeros((rows, main), dtype=tl.float32),
+        tl.zeros((rows, rest if rest > 0 else 1), dtype=tl.float32),
+    )
+
+
+@triton.jit
+@no_type_check
 def products(a, a_rest, b, b_rest, rest: tl.constexpr):
     """a bᵀ over both parts of a head."""
     total = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), dtype=tl.float32))
@@ -100,10 +135,7 @@ def attend(
     for first in range(low, high, block_k):
         key = first + tl.arange(0, block_k)
         is_key = key < high
-        k = load_part(k_ptr, key, is_key, k_stride, head_dim, 0, main, is_masked)
-        k_rest = k
-        if rest > 0:
-            k_rest = load_part(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
+        k, k_rest = load_rows(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
         scores = products(q, q_rest, k, k_rest, rest) * scale
         if is_masked:
             visible = (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
@@ -129,8 +161,7 @@ def start_attending(block_q: tl.constexpr, main: tl.constexpr, rest: tl.constexp
     """Return highest, total, out and out_rest of queries that have seen nothing."""
     highest = tl.full((block_q,), _LOWEST, dtype=tl.float32)
     total = tl.zeros((block_q,), dtype=tl.float32)
-    out = tl.zeros((block_q, main), dtype=tl.float32)
-    out_rest = tl.zeros((block_q, rest if rest > 0 else 1), dtype=tl.float32)
+    out, out_rest = zeros_of(block_q, main, rest)
     return highest, total, out, out_rest
 
 
@@ -143,9 +174,8 @@ def store_attended(
     """Store what was attended to, zeros where a query saw no key, and log2 of the sum over its keys."""
     divisor = tl.where(total == 0.0, 1.0, total)
     tl.store(log_total_ptr + query, highest + tl.log2(divisor), mask=is_query)
-    store_part(out_ptr, query, is_query, out_stride, out / divisor[:, None], head_dim, 0, main)
-    if rest > 0:
-        store_part(out_ptr, query, is_query, out_stride, out_rest / divisor[:, None], head_dim, main, rest)
+    out, out_rest = out / divisor[:, None], out_rest / divisor[:, None]
+    store_rows(out_ptr, query, is_query, out_stride, out, out_rest, head_dim, main, rest)
 
 
 @triton.jit
@@ -160,13 +190,8 @@ def add_query_gradient(
     for first in range(low, high, block_k):
         key = first + tl.arange(0, block_k)
         is_key = key < high
-        k = load_part(k_ptr, key, is_key, k_stride, head_dim, 0, main, is_masked)
-        v = load_part(v_ptr, key, is_key, v_stride, head_dim, 0, main, is_masked)
-        k_rest = k
-        v_rest = v
-        if rest > 0:
-            k_rest = load_part(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
-            v_rest = load_part(v_ptr, key, is_key, v_stride, head_dim, main, rest, is_masked)
+        k, k_rest = load_rows(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
+        v, v_rest = load_rows(v_ptr, key, is_key, v_stride, head_dim, main, rest, is_masked)
         exponents = products(q, q_rest, k, k_rest, rest) * scale - log_total[:, None]
         if is_masked:
             visible = (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
@@ -196,13 +221,8 @@ def add_key_gradients(
     for first in range(low, high, block_q):
         query = first + tl.arange(0, block_q)
         is_query = query < high
-        q = load_part(q_ptr, query, is_query, q_stride, head_dim, 0, main, is_masked)
-        grad = load_part(grad_ptr, query, is_query, grad_stride, head_dim, 0, main, is_masked)
-        q_rest = q
-        grad_rest = grad
-        if rest > 0:
-            q_rest = load_part(q_ptr, query, is_query, q_stride, head_dim, main, rest, is_masked)
-            grad_rest = load_part(grad_ptr, query, is_query, grad_stride, head_dim, main, rest, is_masked)
+        q, q_rest = load_rows(q_ptr, query, is_query, q_stride, head_dim, main, rest, is_masked)
+        grad, grad_rest = load_rows(grad_ptr, query, is_query, grad_stride, head_dim, main, rest, is_masked)
         log_total = tl.load(log_total_ptr + query, mask=is_query, other=0.0)
         delta = tl.load(delta_ptr + query, mask=is_query, other=0.0)
         # Keys by queries: the transposes of the tiles in the other direction.
@@ -228,9 +248,8 @@ def delta_of(
     head_dim: tl.constexpr, main: tl.constexpr, rest: tl.constexpr,
 ):  # fmt: skip
     """D of a tile of queries."""
-    out = load_part(out_ptr, query, is_query, out_stride, head_dim, 0, main, True)
+    out, out_rest = load_rows(out_ptr, query, is_query, out_stride, head_dim, main, rest, True)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
     if rest > 0:
-        out_rest = load_part(out_ptr, query, is_query, out_stride, head_dim, main, rest, True)
         delta += tl.sum(out_rest.to(tl.float32) * grad_rest.to(tl.float32), axis=1)
     return delta

@@ -25,12 +25,13 @@ from .attention_triton import (
     add_query_gradient,
     attend,
     delta_of,
-    load_part,
+    load_rows,
     parts,
     rows_of_channels,
     start_attending,
     store_attended,
-    store_part,
+    store_rows,
+    zeros_of,
 )
 from .dispatch import apply, once
 from .triton_parts import launch, num_blocks_of
@@ -103,10 +104,7 @@ def _dense_forward_kernel(
     out_ptr += batch * num_queries * out_stride + head * head_dim
     if has_mask:
         mask_ptr += batch * num_keys
-    q = load_part(q_ptr, query, is_query, q_stride, head_dim, 0, main, True)
-    q_rest = q
-    if rest > 0:
-        q_rest = load_part(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
+    q, q_rest = load_rows(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
     highest, total, out, out_rest = start_attending(block_q, main, rest)
     highest, total, out, out_rest = _attend_to_all(
         q, q_rest, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, num_keys, scale, highest, total, out, out_rest,
@@ -148,18 +146,12 @@ def _dense_query_gradient_kernel(
     place = batch * num_queries * out_stride + head * head_dim
     if has_mask:
         mask_ptr += batch * num_keys
-    q = load_part(q_ptr, query, is_query, q_stride, head_dim, 0, main, True)
-    grad = load_part(grad_ptr + place, query, is_query, out_stride, head_dim, 0, main, True)
-    q_rest = q
-    grad_rest = grad
-    if rest > 0:
-        q_rest = load_part(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
-        grad_rest = load_part(grad_ptr + place, query, is_query, out_stride, head_dim, main, rest, True)
+    q, q_rest = load_rows(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
+    grad, grad_rest = load_rows(grad_ptr + place, query, is_query, out_stride, head_dim, main, rest, True)
     log_total = tl.load(log_total_ptr + batch_head * num_queries + query, mask=is_query, other=0.0)
     delta = delta_of(out_ptr + place, grad, grad_rest, query, is_query, out_stride, head_dim, main, rest)
     tl.store(delta_ptr + batch_head * num_queries + query, delta, mask=is_query)
-    grad_q = tl.zeros((block_q, main), dtype=tl.float32)
-    grad_q_rest = tl.zeros((block_q, rest if rest > 0 else 1), dtype=tl.float32)
+    grad_q, grad_q_rest = zeros_of(block_q, main, rest)
     grad_q, grad_q_rest = _add_gradient_of_all(
         q, q_rest, grad, grad_rest, log_total, delta, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, num_keys, log2_scale,
         grad_q, grad_q_rest, head_dim, main, rest, block_k, has_mask,
@@ -171,9 +163,8 @@ def _dense_query_gradient_kernel(
             q, q_rest, grad, grad_rest, log_total, delta, more_k_ptr, more_v_ptr, more_k_stride, more_v_stride, None,
             num_more, log2_scale, grad_q, grad_q_rest, head_dim, main, rest, block_k, False,
         )  # fmt: skip
-    store_part(grad_q_ptr + place, query, is_query, out_stride, grad_q * scale, head_dim, 0, main)
-    if rest > 0:
-        store_part(grad_q_ptr + place, query, is_query, out_stride, grad_q_rest * scale, head_dim, main, rest)
+    grad_q_ptr += place
+    store_rows(grad_q_ptr, query, is_query, out_stride, grad_q * scale, grad_q_rest * scale, head_dim, main, rest)
 
 
 @triton.jit
@@ -195,13 +186,8 @@ def _dense_key_gradient_kernel(
     k_ptr += batch * k_batch_stride + kv_head * k_head_stride
     v_ptr += batch * v_batch_stride + kv_head * v_head_stride
     grad_ptr += batch * num_queries * grad_stride
-    k = load_part(k_ptr, key, is_key, k_stride, head_dim, 0, main, True)
-    v = load_part(v_ptr, key, is_key, v_stride, head_dim, 0, main, True)
-    k_rest = k
-    v_rest = v
-    if rest > 0:
-        k_rest = load_part(k_ptr, key, is_key, k_stride, head_dim, main, rest, True)
-        v_rest = load_part(v_ptr, key, is_key, v_stride, head_dim, main, rest, True)
+    k, k_rest = load_rows(k_ptr, key, is_key, k_stride, head_dim, main, rest, True)
+    v, v_rest = load_rows(v_ptr, key, is_key, v_stride, head_dim, main, rest, True)
     start = tl.zeros((block_k,), dtype=tl.int32)
     stop = start + num_queries
     whole = num_queries // block_q * block_q
@@ -210,10 +196,8 @@ def _dense_key_gradient_kernel(
         is_seen = tl.load(mask_ptr + batch * num_keys + key, mask=is_key, other=0) != 0
         stop = tl.where(is_seen, stop, 0)
         whole = 0
-    grad_k = tl.zeros((block_k, main), dtype=tl.float32)
-    grad_v = tl.zeros((block_k, main), dtype=tl.float32)
-    grad_k_rest = tl.zeros((block_k, rest if rest > 0 else 1), dtype=tl.float32)
-    grad_v_rest = tl.zeros((block_k, rest if rest > 0 else 1), dtype=tl.float32)
+    grad_k, grad_k_rest = zeros_of(block_k, main, rest)
+    grad_v, grad_v_rest = zeros_of(block_k, main, rest)
     for head in range(kv_head * group, (kv_head + 1) * group):
         q_head_ptr = q_ptr + head * q_head_stride
         grad_head_ptr = grad_ptr + head * head_dim
@@ -229,12 +213,10 @@ def _dense_key_gradient_kernel(
             start, stop, whole, num_queries, log2_scale, grad_k, grad_k_rest, grad_v, grad_v_rest,
             head_dim, main, rest, block_q, True,
         )  # fmt: skip
-    place = batch * num_keys * out_stride + kv_head * head_dim
-    store_part(grad_k_ptr + place, key, is_key, out_stride, grad_k * scale, head_dim, 0, main)
-    store_part(grad_v_ptr + place, key, is_key, out_stride, grad_v, head_dim, 0, main)
-    if rest > 0:
-        store_part(grad_k_ptr + place, key, is_key, out_stride, grad_k_rest * scale, head_dim, main, rest)
-        store_part(grad_v_ptr + place, key, is_key, out_stride, grad_v_rest, head_dim, main, rest)
+    grad_k_ptr += batch * num_keys * out_stride + kv_head * head_dim
+    grad_v_ptr += batch * num_keys * out_stride + kv_head * head_dim
+    store_rows(grad_k_ptr, key, is_key, out_stride, grad_k * scale, grad_k_rest * scale, head_dim, main, rest)
+    store_rows(grad_v_ptr, key, is_key, out_stride, grad_v, grad_v_rest, head_dim, main, rest)
 
 
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:

@@ -29,12 +29,13 @@ from .attention_triton import (
     add_query_gradient,
     attend,
     delta_of,
-    load_part,
+    load_rows,
     parts,
     rows_of_channels,
     start_attending,
     store_attended,
-    store_part,
+    store_rows,
+    zeros_of,
 )
 from .dispatch import apply, once
 from .triton_parts import launch, num_blocks_of
@@ -83,6 +84,21 @@ def _loops(start, start_of_last, stop_of_first, stop, block: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _keys_of_tile(
+    bound_ptr, end_ptr, query, first, last, window,
+    is_causal: tl.constexpr, has_window: tl.constexpr, block_k: tl.constexpr,
+):  # fmt: skip
+    """Return what each of these queries sees, and where the tile's masked, whole and masked blocks begin and end."""
+    # Rows beyond the pack do as the last one; they are not stored.
+    start, stop = _query_interval(bound_ptr, end_ptr, tl.minimum(query, last), window, is_causal, has_window)
+    low, stop_of_first = _query_interval(bound_ptr, end_ptr, first, window, is_causal, has_window)
+    start_of_last, high = _query_interval(bound_ptr, end_ptr, last, window, is_causal, has_window)
+    whole, after = _loops(low, start_of_last, stop_of_first, high, block_k)
+    return start, stop, low, whole, after, high
+
+
+@triton.jit
+@no_type_check
 def _packed_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, log_total_ptr, bound_ptr, end_ptr, num_tokens, group, scale, window,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride,
@@ -98,15 +114,10 @@ def _packed_forward_kernel(
     q_ptr += head * q_head_stride
     k_ptr += head // group * k_head_stride
     v_ptr += head // group * v_head_stride
-    q = load_part(q_ptr, query, is_query, q_stride, head_dim, 0, main, True)
-    q_rest = q
-    if rest > 0:
-        q_rest = load_part(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
-    # Rows beyond the pack do as the last one; they are not stored.
-    start, stop = _query_interval(bound_ptr, end_ptr, tl.minimum(query, last), window, is_causal, has_window)
-    low, stop_of_first = _query_interval(bound_ptr, end_ptr, first, window, is_causal, has_window)
-    start_of_last, high = _query_interval(bound_ptr, end_ptr, last, window, is_causal, has_window)
-    whole, after = _loops(low, start_of_last, stop_of_first, high, block_k)
+    q, q_rest = load_rows(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
+    start, stop, low, whole, after, high = _keys_of_tile(
+        bound_ptr, end_ptr, query, first, last, window, is_causal, has_window, block_k
+    )
     highest, total, out, out_rest = start_attending(block_q, main, rest)
     highest, total, out, out_rest = attend(
         q, q_rest, k_ptr, v_ptr, k_stride, v_stride, None, start, stop, low, whole, scale,
@@ -144,23 +155,15 @@ def _packed_query_gradient_kernel(
     q_ptr += head * q_head_stride
     k_ptr += head // group * k_head_stride
     v_ptr += head // group * v_head_stride
-    grad_ptr += head * head_dim
-    q = load_part(q_ptr, query, is_query, q_stride, head_dim, 0, main, True)
-    grad = load_part(grad_ptr, query, is_query, out_stride, head_dim, 0, main, True)
-    q_rest = q
-    grad_rest = grad
-    if rest > 0:
-        q_rest = load_part(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
-        grad_rest = load_part(grad_ptr, query, is_query, out_stride, head_dim, main, rest, True)
+    q, q_rest = load_rows(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
+    grad, grad_rest = load_rows(grad_ptr + head * head_dim, query, is_query, out_stride, head_dim, main, rest, True)
     log_total = tl.load(log_total_ptr + head * num_tokens + query, mask=is_query, other=0.0)
     delta = delta_of(out_ptr + head * head_dim, grad, grad_rest, query, is_query, out_stride, head_dim, main, rest)
     tl.store(delta_ptr + head * num_tokens + query, delta, mask=is_query)
-    start, stop = _query_interval(bound_ptr, end_ptr, tl.minimum(query, last), window, is_causal, has_window)
-    low, stop_of_first = _query_interval(bound_ptr, end_ptr, first, window, is_causal, has_window)
-    start_of_last, high = _query_interval(bound_ptr, end_ptr, last, window, is_causal, has_window)
-    whole, after = _loops(low, start_of_last, stop_of_first, high, block_k)
-    grad_q = tl.zeros((block_q, main), dtype=tl.float32)
-    grad_q_rest = tl.zeros((block_q, rest if rest > 0 else 1), dtype=tl.float32)
+    start, stop, low, whole, after, high = _keys_of_tile(
+        bound_ptr, end_ptr, query, first, last, window, is_causal, has_window, block_k
+    )
+    grad_q, grad_q_rest = zeros_of(block_q, main, rest)
     grad_q, grad_q_rest = add_query_gradient(
         q, q_rest, grad, grad_rest, log_total, delta, k_ptr, v_ptr, k_stride, v_stride, None, start, stop, low, whole,
         log2_scale, grad_q, grad_q_rest, head_dim, main, rest, block_k, True, False,
@@ -174,9 +177,7 @@ def _packed_query_gradient_kernel(
         log2_scale, grad_q, grad_q_rest, head_dim, main, rest, block_k, True, False,
     )  # fmt: skip
     grad_q_ptr += head * head_dim
-    store_part(grad_q_ptr, query, is_query, out_stride, grad_q * scale, head_dim, 0, main)
-    if rest > 0:
-        store_part(grad_q_ptr, query, is_query, out_stride, grad_q_rest * scale, head_dim, main, rest)
+    store_rows(grad_q_ptr, query, is_query, out_stride, grad_q * scale, grad_q_rest * scale, head_dim, main, rest)
 
 
 @triton.jit
@@ -195,21 +196,14 @@ def _packed_key_gradient_kernel(
     is_key = key <= last
     k_ptr += kv_head * k_head_stride
     v_ptr += kv_head * v_head_stride
-    k = load_part(k_ptr, key, is_key, k_stride, head_dim, 0, main, True)
-    v = load_part(v_ptr, key, is_key, v_stride, head_dim, 0, main, True)
-    k_rest = k
-    v_rest = v
-    if rest > 0:
-        k_rest = load_part(k_ptr, key, is_key, k_stride, head_dim, main, rest, True)
-        v_rest = load_part(v_ptr, key, is_key, v_stride, head_dim, main, rest, True)
+    k, k_rest = load_rows(k_ptr, key, is_key, k_stride, head_dim, main, rest, True)
+    v, v_rest = load_rows(v_ptr, key, is_key, v_stride, head_dim, main, rest, True)
     start, stop = _key_interval(bound_ptr, end_ptr, tl.minimum(key, last), window, is_causal, has_window)
     low, stop_of_first = _key_interval(bound_ptr, end_ptr, first, window, is_causal, has_window)
     start_of_last, high = _key_interval(bound_ptr, end_ptr, last, window, is_causal, has_window)
     whole, after = _loops(low, start_of_last, stop_of_first, high, block_q)
-    grad_k = tl.zeros((block_k, main), dtype=tl.float32)
-    grad_v = tl.zeros((block_k, main), dtype=tl.float32)
-    grad_k_rest = tl.zeros((block_k, rest if rest > 0 else 1), dtype=tl.float32)
-    grad_v_rest = tl.zeros((block_k, rest if rest > 0 else 1), dtype=tl.float32)
+    grad_k, grad_k_rest = zeros_of(block_k, main, rest)
+    grad_v, grad_v_rest = zeros_of(block_k, main, rest)
     for head in range(kv_head * group, (kv_head + 1) * group):
         q_head_ptr = q_ptr + head * q_head_stride
         grad_head_ptr = grad_ptr + head * head_dim
@@ -232,11 +226,8 @@ def _packed_key_gradient_kernel(
         )  # fmt: skip
     grad_k_ptr += kv_head * head_dim
     grad_v_ptr += kv_head * head_dim
-    store_part(grad_k_ptr, key, is_key, out_stride, grad_k * scale, head_dim, 0, main)
-    store_part(grad_v_ptr, key, is_key, out_stride, grad_v, head_dim, 0, main)
-    if rest > 0:
-        store_part(grad_k_ptr, key, is_key, out_stride, grad_k_rest * scale, head_dim, main, rest)
-        store_part(grad_v_ptr, key, is_key, out_stride, grad_v_rest, head_dim, main, rest)
+    store_rows(grad_k_ptr, key, is_key, out_stride, grad_k * scale, grad_k_rest * scale, head_dim, main, rest)
+    store_rows(grad_v_ptr, key, is_key, out_stride, grad_v, grad_v_rest, head_dim, main, rest)
 
 
 class _PackedAttention(torch.autograd.Function):
