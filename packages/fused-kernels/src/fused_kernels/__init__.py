@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .integers import quantise_int8 as quantise_int8
     from .integers import unpack_int4 as unpack_int4
     from .linear_loss import linear_cross_entropy as linear_cross_entropy
+    from .linear_loss import linear_log_prob_pairs as linear_log_prob_pairs
     from .linear_loss import linear_log_probs as linear_log_probs
     from .linear_product import linear as linear
     from .norms import add_layer_norm as add_layer_norm
@@ -53,6 +54,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_log_prob_pairs",
     "linear_log_probs",
     "normalised_patches",
     "pack_int4",
@@ -85,6 +87,7 @@ _HOMES = {
     "layer_norm": "norms",
     "linear": "linear_product",
     "linear_cross_entropy": "linear_loss",
+    "linear_log_prob_pairs": "linear_loss",
     "linear_log_probs": "linear_loss",
     "normalised_patches": "pixels",
     "pack_int4": "integers",
