@@ -8,8 +8,8 @@ import torch
 
 from fused_kernels import attention, joint_attention, packed_attention, plan_packing
 
-# One token, primes, an empty document, one past a tile of 16, and a document of several tiles.
-PACKS = [(1,), (0, 7, 0), (17, 3, 0, 13), (41,)]
+# No token, one, primes, an empty document, one past a tile of 16, and a document of several tiles.
+PACKS = [(0,), (1,), (0, 7, 0), (17, 3, 0, 13), (41,)]
 
 
 @pytest.fixture
@@ -132,6 +132,18 @@ def test_joint_kernel_is_the_reference(small_tiles, check_kernel, kernel_dtype, 
         kernel_dtype,
         new(2, t, 2, 24), new(2, s, 2, 24), new(2, s, 2, 24), new(2, r, 2, 24), new(2, r, 2, 24), mask,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
+def test_joint_kernel_of_every_head_width(small_tiles, check_kernel, kernel_dtype, head_dim):
+    from fused_kernels.dense_triton import joint_attention as kernel
+
+    check_kernel(
+        lambda *args: kernel(*args, None, None),
+        lambda *args: joint_attention(*args, backend="reference"),
+        kernel_dtype,
+        *(new(1, length, 1, head_dim) for length in (3, 17, 17, 3, 3)),
+    )
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
