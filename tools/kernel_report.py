@@ -2,11 +2,14 @@
 
     uv run tools/kernel_report.py                        # sm_80, sm_90 and sm_100
     uv run tools/kernel_report.py --arch 90 --only attention
-    uv run tools/kernel_report.py --json FILE
+    uv run tools/kernel_report.py --json benchmarks/results/kernel_report.json
 
 The operations are called on tensors without storage, at the sizes of the released model, forward and backward. Each
 launch is written down instead of run, so that what is compiled is what would be launched: the same types, the same
 constants, the same warps. The exit status is 1 if a kernel spills registers to memory, unless the reason is known here.
+
+`--json` keeps the rows of the file that were not compiled anew, if they are of these versions: the whole takes a core a
+quarter of an hour, and can be done in pieces.
 """
 
 import argparse
@@ -25,8 +28,8 @@ import torch
 from torch import Tensor
 
 ARCHS = (80, 90, 100)
-KNOWN_SPILLS: dict[tuple[str, int], str] = {}
-"""(kernel, architecture) → why its spills are accepted."""
+KNOWN_SPILLS: dict[tuple[str, str, int], str] = {}
+"""(kernel, case, architecture) → why its spills are accepted."""
 
 
 @dataclass
@@ -53,6 +56,11 @@ class Row:
     shared_bytes: int
     num_warps: int
     num_stages: int
+
+    @property
+    def reason(self) -> str:
+        """Why its spills are accepted; empty where it has none, or no reason."""
+        return KNOWN_SPILLS.get((self.kernel, self.case, self.arch), "") if self.spilled_bytes else ""
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -240,6 +248,31 @@ def compiled(launch: Launch, arch: int) -> Row:
     )
 
 
+def versions() -> dict[str, str]:
+    """What decides of the result beside the kernels."""
+    import triton
+
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def merged(path: Path, found: Sequence[Row]) -> dict[str, Any]:
+    """What was found, in place of the file's rows of the same cases and architectures.
+
+    Raises:
+        SystemExit: the file is of other versions.
+    """
+    held: dict[str, Any] = {"versions": versions(), "rows": []}
+    if path.exists():
+        held = json.loads(path.read_text())
+    if held["versions"] != versions():
+        sys.exit(f"--json {path}: expected rows of {versions()}, got {held['versions']}; name another file")
+    anew = {(row.case, row.arch) for row in found}
+    rows = [row for row in held["rows"] if (row["case"], row["arch"]) not in anew]
+    rows += [asdict(row) | {"reason": row.reason} for row in found]
+    order = list(cases())
+    return {**held, "rows": sorted(rows, key=lambda row: (row["arch"], order.index(row["case"])))}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; return 1 if a kernel spills without a known reason."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -259,15 +292,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arch in args.arch or ARCHS:
             row = compiled(launch, arch)
             rows.append(row)
-            reason = KNOWN_SPILLS.get((row.kernel, arch), "") if row.spilled_bytes else ""
-            is_bad |= bool(row.spilled_bytes) and not reason
+            is_bad |= bool(row.spilled_bytes) and not row.reason
             print(
                 f"{row.kernel.strip('_'):30} {row.case:28} {f'sm_{arch}':>6} {row.registers:9} {row.spilled_bytes:8} "
-                f"{row.shared_bytes:7} {row.num_warps:5} {row.num_stages:6} {reason}".rstrip(),
+                f"{row.shared_bytes:7} {row.num_warps:5} {row.num_stages:6} {row.reason}".rstrip(),
                 flush=True,
             )
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        args.json.write_text(json.dumps(merged(args.json, rows), indent=1) + "\n")
     if is_bad:
         print("a kernel spills: expected none, or a reason in KNOWN_SPILLS", file=sys.stderr)
     return int(is_bad)

@@ -15,7 +15,7 @@ def test_report_compiles_a_kernel_and_counts_its_registers(repo_root: Path, tmp_
     command = [sys.executable, "tools/kernel_report.py", "--arch", "90", "--only", "integers", "--json", str(out)]
     done = subprocess.run(command, cwd=repo_root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())
+    rows = json.loads(out.read_text())["rows"]
     assert {row["kernel"] for row in rows} == {"_int8_kernel", "_int4_kernel"}
     assert all(row["arch"] == 90 and 16 <= row["registers"] <= 255 and row["spilled_bytes"] == 0 for row in rows)
     assert "_int8_kernel".strip("_") in done.stdout
