@@ -23,7 +23,7 @@ from dpo_lite import (
     side_by_side,
     split_pairs,
 )
-from fused_kernels import linear_log_probs
+from fused_kernels import linear_log_prob_pairs, linear_log_probs
 from lora_lite import disabled
 from train_answers import with_exchanged_answers
 from trainer_lite import LossSum
@@ -111,9 +111,8 @@ class Preference:
     def loss(self, batch: PairPack) -> LossSum:
         """Sum over the batch's pairs; parts: reward accuracy and margin, log-ratios and a KL estimate, summed."""
         batch = replace(batch, pack=batch.pack.to(self.model.device))
-        reference = self._reference(batch) if self.cfg.needs_reference else None
         baseline = self._baseline(batch.pack) if self.cfg.kind == "kto" else None
-        log_probs = self._log_probs(batch.pack)
+        log_probs, reference = self._log_probs(batch)
         if not batch.sample_ids:
             # Nothing is left in the pack, but the model is run as for any other.
             return LossSum(log_probs[0].sum() * 0.0, 0)
@@ -131,15 +130,18 @@ class Preference:
             }
         return LossSum(output.loss * batch.num_targets, batch.num_targets, parts)
 
-    def _reference(self, batch: PairPack) -> tuple[Tensor, Tensor]:
-        """float[b] twice, from what is kept; what is not is computed."""
-        if not self._is_complete and (self.reference.missing(batch.digests) or not self.is_kept):
-            with torch.no_grad(), disabled(self.model), _without_noise(self.model):
-                found = self._sums(batch.pack)
+    def _log_probs(self, batch: PairPack) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """Log-probabilities of chosen and of rejected answers, float[b] twice, by the policy and by the reference."""
+        if not self.cfg.needs_reference:
+            return split_pairs(answer_log_probs(self.model, batch.pack)), None
+        if self._is_complete or (self.is_kept and not self.reference.missing(batch.digests)):
+            policy = answer_log_probs(self.model, batch.pack)
+        else:
+            policy, reference = self._policy_and_reference(batch.pack)
             if not self.is_kept:
-                return split_pairs(found)
-            self.reference.put(batch.digests, found[: len(batch.digests)])
-        return split_pairs(self.reference.get(batch.digests).to(self.model.device))
+                return split_pairs(policy), split_pairs(reference)
+            self.reference.put(batch.digests, reference[: len(batch.digests)])
+        return split_pairs(policy), split_pairs(self.reference.get(batch.digests).to(self.model.device))
 
     @torch.no_grad()
     def _baseline(self, pack: PackedBatch) -> Tensor:
@@ -148,17 +150,18 @@ class Preference:
         if exchanged is None:
             return torch.zeros((), device=self.model.device)
         with _without_noise(self.model):
-            policy = self._sums(exchanged)
-            with disabled(self.model):
-                return kto_baseline(policy, self._sums(exchanged))
+            return kto_baseline(*self._policy_and_reference(exchanged))
 
-    def _log_probs(self, pack: PackedBatch) -> tuple[Tensor, Tensor]:
-        """float[b] twice: log-probability of the chosen and of the rejected answers."""
-        return split_pairs(self._sums(pack))
-
-    def _sums(self, pack: PackedBatch) -> Tensor:
-        """float[2b], one a document."""
-        return answer_log_probs(self.model, pack)
+    def _policy_and_reference(self, pack: PackedBatch) -> tuple[Tensor, Tensor]:
+        """float[2b] twice, one a document: both models' hidden states meet the head, which they share, together."""
+        with torch.no_grad(), disabled(self.model), _without_noise(self.model):
+            reference = self.model(pack)
+        lm = self.model.lang_model
+        sides = linear_log_prob_pairs(
+            self.model(pack), reference, lm.head_weight, pack.targets, lm.head_bias, ignore_index=IGNORE_INDEX
+        )
+        policy, reference = (sequence_log_probs(tokens, pack.cu_seqlens) for tokens in sides)
+        return policy, reference
 
 
 def answer_log_probs(model: Blip3, pack: PackedBatch) -> Tensor:

@@ -33,7 +33,6 @@ from siglip_lite import (
     Siglip,
     SiglipConfig,
     SiglipTextConfig,
-    normalise,
     sigmoid_loss,
 )
 from train_config import WarmupConfig
@@ -172,7 +171,7 @@ class DenseObjective(nn.Module):
     def loss(self, batch: TileBatch) -> LossSum:
         """Sum over the tiles; parts: share of labelled patches named rightly from image tokens, by kind of label."""
         batch = batch.to(self.place_head.weight.device)
-        features = self.vision(normalise(batch.pixels))
+        features = self.vision(batch.pixels)
         image_tokens = self.connector(features, None)
         token_loss, shares = self._token_loss(image_tokens, batch)
         places = torch.arange(self.side, device=features.device).expand(len(batch.pixels), self.side, self.side)
@@ -241,7 +240,7 @@ class SigmoidObjective(nn.Module):
     def loss(self, batch: PairBatch) -> LossSum:
         """Sum over the pairs."""
         batch = batch.to(self.pair.logit_scale.device)
-        images = self.pair.embed_images(normalise(batch.pixels))
+        images = self.pair.embed_images(batch.pixels)
         texts = self.pair.embed_texts(batch.captions)
         loss = sigmoid_loss(images, texts, self.pair.logit_scale, self.pair.logit_bias)
         return LossSum(loss * batch.num_targets, batch.num_targets)

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_kernels import linear_cross_entropy, linear_log_probs
+from fused_kernels import linear_cross_entropy, linear_log_prob_pairs, linear_log_probs
 
 REDUCTIONS = ["mean", "sum", "none"]
 BACKENDS = ["chunked", "reference"]
@@ -65,6 +65,21 @@ def test_log_probs_and_gradients_are_those_of_log_softmax(backend):
     torch.testing.assert_close(
         torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("t", "chunk_rows"), [(0, None), (1, None), (11, 4), (11, None)])
+def test_log_prob_pairs_are_two_calls_of_which_one_has_gradients(backend, t, chunk_rows):
+    hidden, weight, labels, bias = problem(t, dtype=torch.float32)
+    other = torch.randn_like(hidden).requires_grad_()
+    rules = {"chunk_rows": chunk_rows, "backend": backend}
+    found = linear_log_prob_pairs(hidden, other, weight, labels, bias, **rules)
+    expected = tuple(linear_log_probs(x, weight, labels, bias, **rules) for x in (hidden, other))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert not found[1].requires_grad
+    leaves, upstream = (hidden, weight, bias), torch.randn(t)
+    grads = [torch.autograd.grad(sides[0], leaves, upstream, retain_graph=True) for sides in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
 
 
 def test_log_prob_by_hand():

@@ -15,8 +15,8 @@ from fused_kernels import (
     swiglu,
 )
 
-# Rows and width: one, primes, one past the rows or the columns of a tile.
-SHAPES = [(1, 1), (7, 13), (257, 16), (3, 65), (2, 5, 129)]
+# Rows and width: one, primes, one past the columns of a tile, and one past two tiles of rows, shared by two programs.
+SHAPES = [(1, 1), (7, 13), (513, 16), (3, 65), (2, 5, 129)]
 
 
 def new(*shape):
@@ -70,7 +70,7 @@ def test_norm_kernel_of_no_rows(kernel_device):
     assert torch.equal(grads[1], torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (3, 65), (2, 2, 2049)])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 13), (3, 65), (2, 2, 2049)])
 def test_swiglu_kernel_is_the_reference(check_kernel, kernel_dtype, shape):
     from fused_kernels.activations_triton import swiglu as kernel
 
@@ -79,7 +79,7 @@ def test_swiglu_kernel_is_the_reference(check_kernel, kernel_dtype, shape):
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (17, 129), (67, 13), (2, 2, 2049)])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (17, 129), (67, 13), (2, 2, 2049)])
 def test_gelu_tanh_kernel_is_the_reference(check_kernel, kernel_dtype, shape, has_bias):
     from fused_kernels.activations_triton import gelu_tanh as kernel
 
@@ -89,7 +89,15 @@ def test_gelu_tanh_kernel_is_the_reference(check_kernel, kernel_dtype, shape, ha
 
 @pytest.mark.parametrize(
     ("tokens", "num_heads", "num_kv_heads", "head_dim", "num_angles"),
-    [((1,), 1, 1, 2, 1), ((7,), 4, 2, 64, 32), ((3,), 5, 1, 96, 48), ((2, 3), 3, 3, 80, 16), ((2,), 33, 32, 128, 64)],
+    [
+        ((0,), 1, 1, 2, 1),
+        ((1,), 1, 1, 2, 1),
+        ((7,), 4, 2, 64, 32),
+        ((3,), 2, 1, 72, 36),
+        ((3,), 5, 1, 96, 48),
+        ((2, 3), 3, 3, 80, 16),
+        ((2,), 33, 32, 128, 64),
+    ],
 )
 def test_rotary_kernel_is_the_reference(
     check_kernel, kernel_dtype, tokens, num_heads, num_kv_heads, head_dim, num_angles

@@ -43,6 +43,17 @@ def test_forward_gives_one_feature_a_whole_patch(cfg: SiglipVisionConfig):
 
 
 @STEMS
+@pytest.mark.parametrize("size", [(35, 35), (23, 41)])
+def test_bytes_give_what_normalised_pixels_give(cfg: SiglipVisionConfig, size: tuple[int, int]):
+    model, pixels = randomised(cfg), torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    features = [model(x, interpolate=True) for x in (pixels, normalise(pixels, torch.float64))]
+    torch.testing.assert_close(*features, rtol=1e-12, atol=1e-12)
+    leaves, upstream = tuple(model.embeddings.patch_embedding.parameters()), torch.randn_like(features[0])
+    grads = [torch.autograd.grad(found, leaves, upstream) for found in features]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+
+
+@STEMS
 def test_pixels_beyond_the_last_whole_patch_are_not_seen(cfg: SiglipVisionConfig):
     model, pixels = randomised(cfg), torch.randn(1, 3, 35, 35, dtype=torch.float64)
     changed = pixels.clone()

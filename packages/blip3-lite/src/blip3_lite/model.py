@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fused_kernels import linear_cross_entropy
 from perceiver_resampler import InstructedResamplerConfig, PerceiverResampler
 from phi3_lite import Phi3
-from siglip_lite import SiglipVision, normalise
+from siglip_lite import SiglipVision
 
 from .batch import PackedBatch
 from .config import Blip3Config
@@ -79,10 +79,9 @@ class Blip3(nn.Module):
         """Return what the vision tower says of each patch; a frozen tower builds no graph."""
         tower = self.vision_encoder
         mask = valid if self.cfg.masks_padding_in_vision and not valid.all() else None
-        first, *_ = parameters = list(tower.parameters())
-        is_trained = any(parameter.requires_grad for parameter in parameters)
+        is_trained = any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):
-            return tower(normalise(tiles, first.dtype), valid=mask)
+            return tower(tiles, valid=mask)
 
     def embed(self, batch: PackedBatch) -> Float[Tensor, "t d"]:
         """Text embeddings with the image tokens in their slots."""

@@ -6,7 +6,6 @@ if TYPE_CHECKING:
     from .activations import gelu_tanh as gelu_tanh
     from .activations import swiglu as swiglu
     from .dense import attention as attention
-    from .dense import joint_attention as joint_attention
     from .dispatch import BackendError as BackendError
     from .dispatch import BackendRow as BackendRow
     from .int_matmul import int4_matmul as int4_matmul
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from .integers import quantise_int8 as quantise_int8
     from .integers import unpack_int4 as unpack_int4
     from .linear_loss import linear_cross_entropy as linear_cross_entropy
+    from .linear_loss import linear_log_prob_pairs as linear_log_prob_pairs
     from .linear_loss import linear_log_probs as linear_log_probs
     from .linear_product import linear as linear
     from .norms import add_layer_norm as add_layer_norm
@@ -49,10 +49,10 @@ __all__ = [
     "int4_block",
     "int4_matmul",
     "int8_matmul",
-    "joint_attention",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_log_prob_pairs",
     "linear_log_probs",
     "normalised_patches",
     "pack_int4",
@@ -81,10 +81,10 @@ _HOMES = {
     "int4_block": "integers",
     "int4_matmul": "int_matmul",
     "int8_matmul": "int_matmul",
-    "joint_attention": "dense",
     "layer_norm": "norms",
     "linear": "linear_product",
     "linear_cross_entropy": "linear_loss",
+    "linear_log_prob_pairs": "linear_loss",
     "linear_log_probs": "linear_loss",
     "normalised_patches": "pixels",
     "pack_int4": "integers",

@@ -17,10 +17,12 @@ products of a head of 72 channels 1.6 times as many.
 
 from typing import NamedTuple, no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import capability
 from .triton_parts import dot, power_of_two
 
 LOG2_E = 1.4426950408889634
@@ -35,6 +37,49 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+
+
+class Tiles(NamedTuple):
+    """How the three kernels of an attention are cut."""
+
+    forward: Tile
+    query_gradient: Tile
+    key_gradient: Tile
+
+
+def generation(device: torch.device) -> int:
+    """8 for an A100, 9 for an H100, 10 for a B200; without a device as for an H100."""
+    return capability(device)[0] if device.type == "cuda" else 9
+
+
+def tiles_for(q: Tensor) -> Tiles:
+    """Choose by device and width of head: as large as leaves no register to spill (tools/kernel_report.py)."""
+    head_dim = q.shape[-1]
+    forward = Tile(block_q=128, block_k=64, num_warps=8, num_stages=3)
+    query_gradient = Tile(block_q=128, block_k=64, num_warps=8, num_stages=2)
+    key_gradient = Tile(block_q=64, block_k=128, num_warps=8, num_stages=2)
+    match generation(q.device):
+        case 9:
+            if head_dim > 96:
+                key_gradient = key_gradient._replace(block_q=32)
+        case 10:
+            # With loads ahead, the key gradient of a head of 96 spills 2,568 bytes.
+            query_gradient = query_gradient._replace(block_k=32)
+            key_gradient = key_gradient._replace(num_stages=1)
+        case _:
+            # Both operands of a product are in registers.
+            query_gradient = query_gradient._replace(block_k=32)
+            key_gradient = key_gradient._replace(block_q=32 if head_dim <= 64 else 16)
+            if head_dim > 64:
+                forward = forward._replace(block_k=32)
+            if head_dim > 96:
+                query_gradient = query_gradient._replace(block_q=64, num_warps=4)
+    return Tiles(forward, query_gradient, key_gradient)
+
+
+def scale_or_default(q: Tensor, scale: float | None) -> float:
+    """Return 1/√k where None is given; a scale is divided by, so for 0 a number that does as 0."""
+    return q.shape[-1] ** -0.5 if scale is None else scale or 1e-30
 
 
 def parts(head_dim: int) -> dict[str, int]:
@@ -81,9 +126,44 @@ def store_part(ptr, row, is_row, stride, value, head_dim: tl.constexpr, first: t
 
 @triton.jit
 @no_type_check
-def products(a, a_rest, b, b_rest, rest: tl.constexpr):
-    """a bᵀ over both parts of a head."""
-    total = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), dtype=tl.float32))
+def load_rows(
+    ptr, row, is_row, stride,
+    head_dim: tl.constexpr, main: tl.constexpr, rest: tl.constexpr, is_masked: tl.constexpr,
+):  # fmt: skip
+    """Load both parts of a head of these rows; where there is one only, it stands for the other."""
+    value = load_part(ptr, row, is_row, stride, head_dim, 0, main, is_masked)
+    value_rest = value
+    if rest > 0:
+        value_rest = load_part(ptr, row, is_row, stride, head_dim, main, rest, is_masked)
+    return value, value_rest
+
+
+@triton.jit
+@no_type_check
+def store_rows(
+    ptr, row, is_row, stride, value, value_rest, head_dim: tl.constexpr, main: tl.constexpr, rest: tl.constexpr
+):
+    """Store both parts of a head of the rows where is_row."""
+    store_part(ptr, row, is_row, stride, value, head_dim, 0, main)
+    if rest > 0:
+        store_part(ptr, row, is_row, stride, value_rest, head_dim, main, rest)
+
+
+@triton.jit
+@no_type_check
+def zeros_of(rows: tl.constexpr, main: tl.constexpr, rest: tl.constexpr):
+    """Both parts of a sum over heads of so many rows, at zero."""
+    return (
+        tl.zeros((rows, main), dtype=tl.float32),
+        tl.zeros((rows, rest if rest > 0 else 1), dtype=tl.float32),
+    )
+
+
+@triton.jit
+@no_type_check
+def products(a, a_rest, b, b_rest, total, rest: tl.constexpr):
+    """total + a bᵀ over both parts of a head; total is broadcast."""
+    total = dot(a, tl.trans(b), total + tl.zeros((a.shape[0], b.shape[0]), dtype=tl.float32))
     if rest > 0:
         total = dot(a_rest, tl.trans(b_rest), total)
     return total
@@ -100,11 +180,8 @@ def attend(
     for first in range(low, high, block_k):
         key = first + tl.arange(0, block_k)
         is_key = key < high
-        k = load_part(k_ptr, key, is_key, k_stride, head_dim, 0, main, is_masked)
-        k_rest = k
-        if rest > 0:
-            k_rest = load_part(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
-        scores = products(q, q_rest, k, k_rest, rest) * scale
+        k, k_rest = load_rows(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
+        scores = products(q, q_rest, k, k_rest, 0.0, rest) * scale
         if is_masked:
             visible = (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
             if has_mask:
@@ -129,8 +206,7 @@ def start_attending(block_q: tl.constexpr, main: tl.constexpr, rest: tl.constexp
     """Return highest, total, out and out_rest of queries that have seen nothing."""
     highest = tl.full((block_q,), _LOWEST, dtype=tl.float32)
     total = tl.zeros((block_q,), dtype=tl.float32)
-    out = tl.zeros((block_q, main), dtype=tl.float32)
-    out_rest = tl.zeros((block_q, rest if rest > 0 else 1), dtype=tl.float32)
+    out, out_rest = zeros_of(block_q, main, rest)
     return highest, total, out, out_rest
 
 
@@ -143,9 +219,8 @@ def store_attended(
     """Store what was attended to, zeros where a query saw no key, and log2 of the sum over its keys."""
     divisor = tl.where(total == 0.0, 1.0, total)
     tl.store(log_total_ptr + query, highest + tl.log2(divisor), mask=is_query)
-    store_part(out_ptr, query, is_query, out_stride, out / divisor[:, None], head_dim, 0, main)
-    if rest > 0:
-        store_part(out_ptr, query, is_query, out_stride, out_rest / divisor[:, None], head_dim, main, rest)
+    out, out_rest = out / divisor[:, None], out_rest / divisor[:, None]
+    store_rows(out_ptr, query, is_query, out_stride, out, out_rest, head_dim, main, rest)
 
 
 @triton.jit
@@ -160,14 +235,9 @@ def add_query_gradient(
     for first in range(low, high, block_k):
         key = first + tl.arange(0, block_k)
         is_key = key < high
-        k = load_part(k_ptr, key, is_key, k_stride, head_dim, 0, main, is_masked)
-        v = load_part(v_ptr, key, is_key, v_stride, head_dim, 0, main, is_masked)
-        k_rest = k
-        v_rest = v
-        if rest > 0:
-            k_rest = load_part(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
-            v_rest = load_part(v_ptr, key, is_key, v_stride, head_dim, main, rest, is_masked)
-        exponents = products(q, q_rest, k, k_rest, rest) * scale - log_total[:, None]
+        k, k_rest = load_rows(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
+        v, v_rest = load_rows(v_ptr, key, is_key, v_stride, head_dim, main, rest, is_masked)
+        exponents = products(q, q_rest, k, k_rest, 0.0, rest) * scale - log_total[:, None]
         if is_masked:
             visible = (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
             if has_mask:
@@ -175,7 +245,7 @@ def add_query_gradient(
             # Before the power: that of a key which the query does not see may be out of range.
             exponents = tl.where(visible, exponents, -float("inf"))
         probs = tl.exp2(exponents)
-        grad_scores = probs * (products(grad, grad_rest, v, v_rest, rest) - delta[:, None])
+        grad_scores = probs * (products(grad, grad_rest, v, v_rest, 0.0, rest) - delta[:, None])
         grad_q = dot(grad_scores.to(k.dtype), k, grad_q)
         if rest > 0:
             grad_q_rest = dot(grad_scores.to(k.dtype), k_rest, grad_q_rest)
@@ -196,17 +266,13 @@ def add_key_gradients(
     for first in range(low, high, block_q):
         query = first + tl.arange(0, block_q)
         is_query = query < high
-        q = load_part(q_ptr, query, is_query, q_stride, head_dim, 0, main, is_masked)
-        grad = load_part(grad_ptr, query, is_query, grad_stride, head_dim, 0, main, is_masked)
-        q_rest = q
-        grad_rest = grad
-        if rest > 0:
-            q_rest = load_part(q_ptr, query, is_query, q_stride, head_dim, main, rest, is_masked)
-            grad_rest = load_part(grad_ptr, query, is_query, grad_stride, head_dim, main, rest, is_masked)
+        q, q_rest = load_rows(q_ptr, query, is_query, q_stride, head_dim, main, rest, is_masked)
+        grad, grad_rest = load_rows(grad_ptr, query, is_query, grad_stride, head_dim, main, rest, is_masked)
         log_total = tl.load(log_total_ptr + query, mask=is_query, other=0.0)
         delta = tl.load(delta_ptr + query, mask=is_query, other=0.0)
-        # Keys by queries: the transposes of the tiles in the other direction.
-        exponents = products(k, k_rest, q, q_rest, rest) * scale - log_total[None, :]
+        # Keys by queries: the transposes of the tiles in the other direction. L and D are where the sums begin: beside
+        # them they would hold registers until the end, 32 a thread.
+        exponents = products(k, k_rest, q, q_rest, -log_total[None, :] / scale, rest) * scale
         if is_masked:
             visible = (query[None, :] >= start[:, None]) & (query[None, :] < stop[:, None])
             exponents = tl.where(visible, exponents, -float("inf"))
@@ -214,7 +280,7 @@ def add_key_gradients(
         grad_v = dot(probs.to(grad.dtype), grad, grad_v)
         if rest > 0:
             grad_v_rest = dot(probs.to(grad.dtype), grad_rest, grad_v_rest)
-        grad_scores = probs * (products(v, v_rest, grad, grad_rest, rest) - delta[None, :])
+        grad_scores = probs * products(v, v_rest, grad, grad_rest, -delta[None, :], rest)
         grad_k = dot(grad_scores.to(q.dtype), q, grad_k)
         if rest > 0:
             grad_k_rest = dot(grad_scores.to(q.dtype), q_rest, grad_k_rest)
@@ -228,9 +294,8 @@ def delta_of(
     head_dim: tl.constexpr, main: tl.constexpr, rest: tl.constexpr,
 ):  # fmt: skip
     """D of a tile of queries."""
-    out = load_part(out_ptr, query, is_query, out_stride, head_dim, 0, main, True)
+    out, out_rest = load_rows(out_ptr, query, is_query, out_stride, head_dim, main, rest, True)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
     if rest > 0:
-        out_rest = load_part(out_ptr, query, is_query, out_stride, head_dim, main, rest, True)
         delta += tl.sum(out_rest.to(tl.float32) * grad_rest.to(tl.float32), axis=1)
     return delta

@@ -128,23 +128,37 @@ class _SumOfNegativeLogProbs(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
+def both_sides(x: Tensor, labels: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows of one side or of both, the second's behind the first's, and their labels."""
+    return (x, labels) if reference is None else (torch.cat((x, reference)), labels.repeat(2))
+
+
 class _LogProbs(torch.autograd.Function):
-    """log p(label) of each row; logits computed again in the backward pass."""
+    """log p(label) of each row, [sides, n]; logits of the first side computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_rows: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk_rows: int,
+        reference: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, labels)
         ctx.chunk_rows = chunk_rows
-        out = torch.empty(x.shape[0], dtype=_wide(x.dtype), device=x.device)
-        for chunk in _chunks(x, weight, bias, labels, chunk_rows):
+        rows, row_labels = both_sides(x, labels, reference)
+        out = torch.empty(rows.shape[0], dtype=_wide(x.dtype), device=x.device)
+        for chunk in _chunks(rows, weight, bias, row_labels, chunk_rows):
             out[chunk.rows] = chunk.log_probs.gather(1, chunk.labels).squeeze(1)
-        return out
+        return out.view(1 if reference is None else 2, x.shape[0])
 
     @staticmethod
     @once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, labels = ctx.saved_tensors
-        (grad,) = grad_outputs
+        grad = grad_outputs[0][0]
         grads = _HeadGradients(x, weight, bias, ctx.needs_input_grad[:3])
         for chunk in _chunks(x, weight, bias, labels, ctx.chunk_rows):
             row_grad = grad[chunk.rows, None]
@@ -152,148 +166,126 @@ class _LogProbs(torch.autograd.Function):
             grads.add(chunk, grad_logits.scatter_add_(1, chunk.labels, row_grad))
         grad_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
         grad_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-        return grads.x, grad_weight, grad_bias, None, None
+        return grads.x, grad_weight, grad_bias, None, None, None
 
 
-def _targets(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows that have a label, int64[n], their hidden states [n, d] and their labels int64[n]."""
-    rows = (labels != ignore_index).nonzero().squeeze(1)
-    is_all = rows.shape[0] == labels.shape[0]
-    targets = labels if is_all else labels.index_select(0, rows)
-    if targets.numel():
-        low, high = (int(bound) for bound in torch.aminmax(targets))
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(
-                f"labels: expected {ignore_index} or values from 0 to {weight.shape[0] - 1}, "
-                f"got values from {low} to {high}; check the tokenizer against the head"
+class _Call(NamedTuple):
+    """What an operation here was asked; `reference`: hidden states of a second side, [t, d]."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    ignore_index: int
+    chunk_rows: int | None
+    reference: Tensor | None = None
+
+    def in_one_dtype(self) -> "_Call":
+        """Under autocast, cast as F.linear would be; the casts are differentiable."""
+        device_type = self.hidden.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return self
+        dtype = torch.get_autocast_dtype(device_type)
+        return self._replace(
+            hidden=self.hidden.to(dtype),
+            weight=self.weight.to(dtype),
+            bias=None if self.bias is None else self.bias.to(dtype),
+            reference=None if self.reference is None else self.reference.to(dtype),
+        )
+
+    def at_targets(self) -> tuple["_Call", Tensor]:
+        """Return the call for the rows alone that have a label, and their places, int64[n]."""
+        rows = (self.labels != self.ignore_index).nonzero().squeeze(1)
+        if rows.shape[0] == self.labels.shape[0]:
+            call = self
+        else:
+            call = self._replace(
+                hidden=self.hidden.index_select(0, rows),
+                labels=self.labels.index_select(0, rows),
+                reference=None if self.reference is None else self.reference.index_select(0, rows),
             )
-    return rows, hidden if is_all else hidden.index_select(0, rows), targets
+        if call.labels.numel():
+            low, high = (int(bound) for bound in torch.aminmax(call.labels))
+            if low < 0 or high >= self.weight.shape[0]:
+                raise ValueError(
+                    f"labels: expected {self.ignore_index} or values from 0 to {self.weight.shape[0] - 1}, "
+                    f"got values from {low} to {high}; check the tokenizer against the head"
+                )
+        return call, rows
 
-
-def _same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast, cast as F.linear would be; the casts are differentiable."""
-    device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check_chunk_rows(chunk_rows: int | None) -> None:
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}; leave it out for a size that fits")
-
-
-def _rows_at_a_time(weight: Tensor, chunk_rows: int | None) -> int:
-    return max(1, _CHUNK_ELEMENTS // weight.shape[0]) if chunk_rows is None else chunk_rows
+    def rows_at_a_time(self) -> "_Call":
+        """Return the call with a bound to the logits that are held at a time."""
+        if self.chunk_rows is not None:
+            return self
+        return self._replace(chunk_rows=max(1, _CHUNK_ELEMENTS // self.weight.shape[0]))
 
 
 _Function = type[torch.autograd.Function]
 
 
-def _log_probs(
-    function: _Function,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    chunk_rows: int | None,
-) -> Tensor:
-    hidden, weight, bias = _same_dtype(hidden, weight, bias)
-    rows, x, targets = _targets(hidden, weight, labels, ignore_index)
-    found = apply(function, x, weight, bias, targets, chunk_rows)
-    return found.new_zeros(labels.shape).index_copy(0, rows, found)
+def _log_probs(function: _Function, call: _Call) -> Tensor:
+    """[sides, t]"""
+    targets, rows = call.in_one_dtype().at_targets()
+    hidden, weight, labels, bias, _, chunk_rows, reference = targets
+    found = apply(function, hidden, weight, bias, labels, chunk_rows, reference)
+    return found.new_zeros(found.shape[0], call.labels.shape[0]).index_copy(1, rows, found)
 
 
-def _summed(
-    function: _Function,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    reduction: Reduction,
-    chunk_rows: int | None,
-) -> Tensor:
-    hidden, weight, bias = _same_dtype(hidden, weight, bias)
-    _, x, targets = _targets(hidden, weight, labels, ignore_index)
-    total = apply(function, x, weight, bias, targets, chunk_rows, torch.is_grad_enabled())
-    return total / max(1, targets.shape[0]) if reduction == "mean" else total
+def _summed(function: _Function, call: _Call, reduction: Reduction) -> Tensor:
+    targets, _ = call.in_one_dtype().at_targets()
+    hidden, weight, labels, bias, _, chunk_rows, _ = targets
+    total = apply(function, hidden, weight, bias, labels, chunk_rows, torch.is_grad_enabled())
+    return total / max(1, labels.shape[0]) if reduction == "mean" else total
 
 
-def _log_probs_chunked(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_rows: int | None
-) -> Tensor:
-    return _log_probs(_LogProbs, hidden, weight, labels, bias, ignore_index, _rows_at_a_time(weight, chunk_rows))
+def _log_probs_chunked(call: _Call) -> Tensor:
+    return _log_probs(_LogProbs, call.rows_at_a_time())
 
 
-def _log_probs_triton(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_rows: int | None
-) -> Tensor:
+def _log_probs_triton(call: _Call) -> Tensor:
     from .linear_loss_triton import LogProbs
 
-    return _log_probs(LogProbs, hidden, weight, labels, bias, ignore_index, chunk_rows)
+    return _log_probs(LogProbs, call)
 
 
-def _cross_entropy_chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    reduction: Reduction,
-    chunk_rows: int | None,
-) -> Tensor:
+def _cross_entropy_chunked(call: _Call, reduction: Reduction) -> Tensor:
     if reduction == "none":
-        return -_log_probs_chunked(hidden, weight, labels, bias, ignore_index, chunk_rows)
-    rows = _rows_at_a_time(weight, chunk_rows)
-    return _summed(_SumOfNegativeLogProbs, hidden, weight, labels, bias, ignore_index, reduction, rows)
+        return -_log_probs_chunked(call)[0]
+    return _summed(_SumOfNegativeLogProbs, call.rows_at_a_time(), reduction)
 
 
-def _cross_entropy_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    reduction: Reduction,
-    chunk_rows: int | None,
-) -> Tensor:
+def _cross_entropy_triton(call: _Call, reduction: Reduction) -> Tensor:
     if reduction == "none":
-        return -_log_probs_triton(hidden, weight, labels, bias, ignore_index, chunk_rows)
+        return -_log_probs_triton(call)[0]
     from .linear_loss_triton import SumOfNegativeLogProbs
 
-    return _summed(SumOfNegativeLogProbs, hidden, weight, labels, bias, ignore_index, reduction, chunk_rows)
+    return _summed(SumOfNegativeLogProbs, call, reduction)
 
 
-def _log_probs_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, chunk_rows: int | None
-) -> Tensor:
+def _log_probs_reference(call: _Call) -> Tensor:
     """All logits at once."""
-    del chunk_rows
-    is_target = labels != ignore_index
-    logits = F.linear(hidden, weight, bias)
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=_wide(logits.dtype))
-    found = log_probs.gather(1, labels.where(is_target, 0)[:, None]).squeeze(1)
-    return found.masked_fill(~is_target, 0.0)
+    is_target = call.labels != call.ignore_index
+    labels = call.labels.where(is_target, 0)[:, None]
+
+    def side(hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, call.weight, call.bias)
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=_wide(logits.dtype))
+        return log_probs.gather(1, labels).squeeze(1).masked_fill(~is_target, 0.0)
+
+    if call.reference is None:
+        return side(call.hidden)[None]
+    with torch.no_grad():
+        second = side(call.reference)
+    return torch.stack((side(call.hidden), second))
 
 
-def _cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    reduction: Reduction,
-    chunk_rows: int | None,
-) -> Tensor:
+def _cross_entropy_reference(call: _Call, reduction: Reduction) -> Tensor:
     """All logits at once."""
-    losses = -_log_probs_reference(hidden, weight, labels, bias, ignore_index, chunk_rows)
+    losses = -_log_probs_reference(call)[0]
     if reduction == "none":
         return losses
     total = losses.sum()
-    return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total
+    return total / (call.labels != call.ignore_index).sum().clamp(min=1) if reduction == "mean" else total
 
 
 _TRITON_NOTE = "target rows in chunks, softmax and gradient of a chunk in one Triton kernel"
@@ -309,6 +301,11 @@ LINEAR_LOG_PROBS = Op(
     Backend("chunked", _log_probs_chunked, "target rows in chunks, logits again in backward"),
     Backend("reference", _log_probs_reference, "all logits at once"),
 )
+
+
+def _check_chunk_rows(chunk_rows: int | None) -> None:
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}; leave it out for a size that fits")
 
 
 def linear_cross_entropy(
@@ -337,8 +334,8 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}; choose one of these")
     _check_chunk_rows(chunk_rows)
-    run = LINEAR_CROSS_ENTROPY.choose(backend, hidden.device, hidden.dtype)
-    return run(hidden, weight, labels, bias, ignore_index, reduction, chunk_rows)
+    call = _Call(hidden, weight, labels, bias, ignore_index, chunk_rows)
+    return LINEAR_CROSS_ENTROPY.run(backend, hidden.device, hidden.dtype, call, reduction)
 
 
 def linear_log_probs(
@@ -360,5 +357,29 @@ def linear_log_probs(
         BackendError: if `backend` is unknown or cannot run.
     """
     _check_chunk_rows(chunk_rows)
-    run = LINEAR_LOG_PROBS.choose(backend, hidden.device, hidden.dtype)
-    return run(hidden, weight, labels, bias, ignore_index, chunk_rows)
+    call = _Call(hidden, weight, labels, bias, ignore_index, chunk_rows)
+    return LINEAR_LOG_PROBS.run(backend, hidden.device, hidden.dtype, call)[0]
+
+
+def linear_log_prob_pairs(
+    hidden: Float[Tensor, "t d"],
+    reference: Float[Tensor, "t d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int64[Tensor, " t"],
+    bias: Float[Tensor, " v"] | None = None,
+    *,
+    ignore_index: int = -100,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, " t"], Float[Tensor, " t"]]:
+    """Return `linear_log_probs` of hidden and of reference, whose rows go through the head together, in one pass.
+
+    Of the second no gradient reaches anything: it is what a policy is compared with.
+
+    Raises:
+        ValueError, BackendError: as `linear_log_probs`.
+    """
+    _check_chunk_rows(chunk_rows)
+    call = _Call(hidden, weight, labels, bias, ignore_index, chunk_rows, reference.detach())
+    first, second = LINEAR_LOG_PROBS.run(backend, hidden.device, hidden.dtype, call)
+    return first, second.detach()

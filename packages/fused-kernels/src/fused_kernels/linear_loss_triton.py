@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import once
+from .linear_loss import both_sides
 from .triton_parts import launch, power_of_two
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -153,19 +154,26 @@ class SumOfNegativeLogProbs(torch.autograd.Function):
 
 
 class LogProbs(torch.autograd.Function):
-    """log p(label) of each row, fp32; logits computed again in the backward pass."""
+    """log p(label) of each row, fp32 [sides, n]; logits of the first side computed again in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_rows: int | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk_rows: int | None,
+        reference: Tensor | None,
     ) -> Tensor:
         """Go through the chunks."""
         ctx.save_for_backward(x, weight, bias, labels)
         ctx.chunk_rows = chunk_rows
-        out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        for rows, logits in _chunks(x, weight, bias, chunk_rows, has_weight_grad=False):
-            out[rows] = _label_log_probs(logits, labels[rows], factors=None, has_gradient=False)
-        return out
+        both, both_labels = both_sides(x, labels, reference)
+        out = torch.empty(both.shape[0], dtype=torch.float32, device=x.device)
+        for rows, logits in _chunks(both, weight, bias, chunk_rows, has_weight_grad=False):
+            out[rows] = _label_log_probs(logits, both_labels[rows], factors=None, has_gradient=False)
+        return out.view(1 if reference is None else 2, x.shape[0])
 
     @staticmethod
     @once
@@ -174,9 +182,10 @@ class LogProbs(torch.autograd.Function):
         x, weight, bias, labels = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         grads = _Gradients(x, weight, needed)
+        grad = grad_outputs[0][0].contiguous()
         for rows, logits in _chunks(x, weight, bias, ctx.chunk_rows, needed[1]):
-            _label_log_probs(logits, labels[rows], factors=grad_outputs[0][rows].contiguous(), has_gradient=True)
+            _label_log_probs(logits, labels[rows], factors=grad[rows], has_gradient=True)
             grads.add(rows, x[rows], logits)
         grad_weight = None if grads.weight is None else grads.weight.to(weight.dtype)
         grad_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-        return grads.x, grad_weight, grad_bias, None, None
+        return grads.x, grad_weight, grad_bias, None, None, None

@@ -11,7 +11,7 @@ import functools
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int32
@@ -189,88 +189,67 @@ def _bucket_mask(bucket: Bucket, is_causal: bool, window: int | None, device: to
     return is_token[:, None, None, :].expand(num_docs, 1, length, length)
 
 
-def _plan_of(q: Tensor, cu_seqlens: Tensor, plan: PackPlan | None) -> PackPlan:
-    plan = plan_packing(cu_seqlens) if plan is None else plan
-    if plan.num_tokens != q.shape[0]:
-        raise ValueError(
-            f"tokens of packed_attention: expected {plan.num_tokens}, the last boundary, got {q.shape[0]}; "
-            "give the boundaries of this pack"
-        )
-    return plan
+class _Call(NamedTuple):
+    """What `packed_attention` was asked."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens: Tensor
+    plan: PackPlan | None
+    is_causal: bool
+    window: int | None
+    scale: float | None
+
+    @property
+    def has_one_dtype(self) -> bool:
+        return self.q.dtype == self.k.dtype == self.v.dtype
+
+    def planned(self) -> PackPlan:
+        plan = plan_packing(self.cu_seqlens) if self.plan is None else self.plan
+        if plan.num_tokens != self.q.shape[0]:
+            raise ValueError(
+                f"tokens of packed_attention: expected {plan.num_tokens}, the last boundary, got {self.q.shape[0]}; "
+                "give the boundaries of this pack"
+            )
+        return plan
 
 
-def _packed_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    is_causal: bool,
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
+def _packed_attention_triton(call: _Call) -> Tensor:
     from .packed_triton import packed_attention
 
-    plan = _plan_of(q, cu_seqlens, plan)
+    plan = call.planned()
+    q, k, v, *_, is_causal, window, scale = call
     return packed_attention(q, k, v, plan.bounds, plan.ends, is_causal=is_causal, window=window, scale=scale)
 
 
-def _refuse_heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    is_causal: bool,
-    window: int | None,
-    scale: float | None,
-) -> str | None:
-    del cu_seqlens, plan, is_causal, window, scale
-    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
-        return f"it holds heads of up to {MAX_TRITON_HEAD_DIM} channels, got {q.shape[-1]}"
-    if not q.dtype == k.dtype == v.dtype:
-        return f"q, k and v must be of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+def _refuse_heads(call: _Call) -> str | None:
+    if call.q.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"it holds heads of up to {MAX_TRITON_HEAD_DIM} channels, got {call.q.shape[-1]}"
+    if not call.has_one_dtype:
+        return f"q, k and v must be of one dtype, got {call.q.dtype}, {call.k.dtype} and {call.v.dtype}"
     return None
 
 
-def _packed_attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    is_causal: bool,
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
+def _packed_attention_varlen(call: _Call) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    del window, scale
-    plan = _plan_of(q, cu_seqlens, plan)
-    longest = max((bucket.lengths[0] for bucket in plan.buckets), default=0)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, is_causal)
+    longest = max((bucket.lengths[0] for bucket in call.planned().buckets), default=0)
+    bounds = call.cu_seqlens
+    out = varlen_attn(call.q, call.k, call.v, bounds, bounds, longest, longest, call.is_causal)
     assert isinstance(out, Tensor)
     return out
 
 
-def _refuse_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    is_causal: bool,
-    window: int | None,
-    scale: float | None,
-) -> str | None:
-    del cu_seqlens, plan, is_causal
-    if window is not None or scale is not None:
+def _refuse_varlen(call: _Call) -> str | None:
+    if call.window is not None or call.scale is not None:
         return "it has neither a window nor a scale of the caller's"
-    if q.shape[1] != k.shape[1]:
-        return f"it wants as many key heads as query heads, {q.shape[1]}, got {k.shape[1]}"
-    if q.shape[0] == 0 or q.shape[2] % 8 or q.shape[2] > _VARLEN_HEAD_DIM:
+    num_tokens, num_heads, head_dim = call.q.shape
+    if num_heads != call.k.shape[1]:
+        return f"it wants as many key heads as query heads, {num_heads}, got {call.k.shape[1]}"
+    if num_tokens == 0 or head_dim % 8 or head_dim > _VARLEN_HEAD_DIM:
         return f"it takes heads of a multiple of 8 channels up to {_VARLEN_HEAD_DIM}, and a token at least"
-    return None if q.dtype == k.dtype == v.dtype else "q, k and v must be of one dtype"
+    return None if call.has_one_dtype else "q, k and v must be of one dtype"
 
 
 def _refuse_varlen_device(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -279,17 +258,9 @@ def _refuse_varlen_device(device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-def _packed_attention_bucketed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    is_causal: bool,
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
-    plan = _plan_of(q, cu_seqlens, plan)
+def _packed_attention_bucketed(call: _Call) -> Tensor:
+    plan = call.planned()
+    q, k, v, *_, is_causal, window, scale = call
     if plan.rows is not None:
         q, k, v = (apply(_ToSlots, x, plan) for x in (q, k, v))
     sizes = [bucket.num_slots for bucket in plan.buckets]
@@ -306,18 +277,9 @@ def _packed_attention_bucketed(
     return out if plan.rows is None else apply(_ToTokens, out, plan)
 
 
-def _packed_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    plan: PackPlan | None,
-    is_causal: bool,
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
+def _packed_attention_reference(call: _Call) -> Tensor:
     """One square over the whole pack, masked; quadratic in t."""
-    del plan
+    q, k, v, cu_seqlens, _, is_causal, window, scale = call
     position = torch.arange(q.shape[0], device=q.device)
     document = torch.bucketize(position, cu_seqlens[1:], right=True)
     visible = document[:, None] == document[None, :]
@@ -380,4 +342,5 @@ def packed_attention(
             f"window of packed_attention: expected at least 1 and is_causal, got {window} and is_causal={is_causal}; "
             "use window=None for no window"
         )
-    return PACKED_ATTENTION.run(backend, q.device, q.dtype, q, k, v, cu_seqlens, plan, is_causal, window, scale)
+    call = _Call(q, k, v, cu_seqlens, plan, is_causal, window, scale)
+    return PACKED_ATTENTION.run(backend, q.device, q.dtype, call)

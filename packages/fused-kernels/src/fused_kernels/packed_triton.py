@@ -24,24 +24,22 @@ from torch import Tensor
 
 from .attention_triton import (
     LOG2_E,
-    Tile,
     add_key_gradients,
     add_query_gradient,
     attend,
     delta_of,
-    load_part,
+    load_rows,
     parts,
     rows_of_channels,
+    scale_or_default,
     start_attending,
     store_attended,
-    store_part,
+    store_rows,
+    tiles_for,
+    zeros_of,
 )
 from .dispatch import apply, once
 from .triton_parts import launch, num_blocks_of
-
-FORWARD = Tile(block_q=128, block_k=64, num_warps=8, num_stages=3)
-QUERY_GRADIENT = Tile(block_q=128, block_k=64, num_warps=8, num_stages=2)
-KEY_GRADIENT = Tile(block_q=64, block_k=128, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -83,6 +81,21 @@ def _loops(start, start_of_last, stop_of_first, stop, block: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _keys_of_tile(
+    bound_ptr, end_ptr, query, first, last, window,
+    is_causal: tl.constexpr, has_window: tl.constexpr, block_k: tl.constexpr,
+):  # fmt: skip
+    """Return what each of these queries sees, and where the tile's masked, whole and masked blocks begin and end."""
+    # Rows beyond the pack do as the last one; they are not stored.
+    start, stop = _query_interval(bound_ptr, end_ptr, tl.minimum(query, last), window, is_causal, has_window)
+    low, stop_of_first = _query_interval(bound_ptr, end_ptr, first, window, is_causal, has_window)
+    start_of_last, high = _query_interval(bound_ptr, end_ptr, last, window, is_causal, has_window)
+    whole, after = _loops(low, start_of_last, stop_of_first, high, block_k)
+    return start, stop, low, whole, after, high
+
+
+@triton.jit
+@no_type_check
 def _packed_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, log_total_ptr, bound_ptr, end_ptr, num_tokens, group, scale, window,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride,
@@ -98,15 +111,10 @@ def _packed_forward_kernel(
     q_ptr += head * q_head_stride
     k_ptr += head // group * k_head_stride
     v_ptr += head // group * v_head_stride
-    q = load_part(q_ptr, query, is_query, q_stride, head_dim, 0, main, True)
-    q_rest = q
-    if rest > 0:
-        q_rest = load_part(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
-    # Rows beyond the pack do as the last one; they are not stored.
-    start, stop = _query_interval(bound_ptr, end_ptr, tl.minimum(query, last), window, is_causal, has_window)
-    low, stop_of_first = _query_interval(bound_ptr, end_ptr, first, window, is_causal, has_window)
-    start_of_last, high = _query_interval(bound_ptr, end_ptr, last, window, is_causal, has_window)
-    whole, after = _loops(low, start_of_last, stop_of_first, high, block_k)
+    q, q_rest = load_rows(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
+    start, stop, low, whole, after, high = _keys_of_tile(
+        bound_ptr, end_ptr, query, first, last, window, is_causal, has_window, block_k
+    )
     highest, total, out, out_rest = start_attending(block_q, main, rest)
     highest, total, out, out_rest = attend(
         q, q_rest, k_ptr, v_ptr, k_stride, v_stride, None, start, stop, low, whole, scale,
@@ -144,23 +152,15 @@ def _packed_query_gradient_kernel(
     q_ptr += head * q_head_stride
     k_ptr += head // group * k_head_stride
     v_ptr += head // group * v_head_stride
-    grad_ptr += head * head_dim
-    q = load_part(q_ptr, query, is_query, q_stride, head_dim, 0, main, True)
-    grad = load_part(grad_ptr, query, is_query, out_stride, head_dim, 0, main, True)
-    q_rest = q
-    grad_rest = grad
-    if rest > 0:
-        q_rest = load_part(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
-        grad_rest = load_part(grad_ptr, query, is_query, out_stride, head_dim, main, rest, True)
+    q, q_rest = load_rows(q_ptr, query, is_query, q_stride, head_dim, main, rest, True)
+    grad, grad_rest = load_rows(grad_ptr + head * head_dim, query, is_query, out_stride, head_dim, main, rest, True)
     log_total = tl.load(log_total_ptr + head * num_tokens + query, mask=is_query, other=0.0)
     delta = delta_of(out_ptr + head * head_dim, grad, grad_rest, query, is_query, out_stride, head_dim, main, rest)
     tl.store(delta_ptr + head * num_tokens + query, delta, mask=is_query)
-    start, stop = _query_interval(bound_ptr, end_ptr, tl.minimum(query, last), window, is_causal, has_window)
-    low, stop_of_first = _query_interval(bound_ptr, end_ptr, first, window, is_causal, has_window)
-    start_of_last, high = _query_interval(bound_ptr, end_ptr, last, window, is_causal, has_window)
-    whole, after = _loops(low, start_of_last, stop_of_first, high, block_k)
-    grad_q = tl.zeros((block_q, main), dtype=tl.float32)
-    grad_q_rest = tl.zeros((block_q, rest if rest > 0 else 1), dtype=tl.float32)
+    start, stop, low, whole, after, high = _keys_of_tile(
+        bound_ptr, end_ptr, query, first, last, window, is_causal, has_window, block_k
+    )
+    grad_q, grad_q_rest = zeros_of(block_q, main, rest)
     grad_q, grad_q_rest = add_query_gradient(
         q, q_rest, grad, grad_rest, log_total, delta, k_ptr, v_ptr, k_stride, v_stride, None, start, stop, low, whole,
         log2_scale, grad_q, grad_q_rest, head_dim, main, rest, block_k, True, False,
@@ -174,9 +174,7 @@ def _packed_query_gradient_kernel(
         log2_scale, grad_q, grad_q_rest, head_dim, main, rest, block_k, True, False,
     )  # fmt: skip
     grad_q_ptr += head * head_dim
-    store_part(grad_q_ptr, query, is_query, out_stride, grad_q * scale, head_dim, 0, main)
-    if rest > 0:
-        store_part(grad_q_ptr, query, is_query, out_stride, grad_q_rest * scale, head_dim, main, rest)
+    store_rows(grad_q_ptr, query, is_query, out_stride, grad_q * scale, grad_q_rest * scale, head_dim, main, rest)
 
 
 @triton.jit
@@ -195,21 +193,14 @@ def _packed_key_gradient_kernel(
     is_key = key <= last
     k_ptr += kv_head * k_head_stride
     v_ptr += kv_head * v_head_stride
-    k = load_part(k_ptr, key, is_key, k_stride, head_dim, 0, main, True)
-    v = load_part(v_ptr, key, is_key, v_stride, head_dim, 0, main, True)
-    k_rest = k
-    v_rest = v
-    if rest > 0:
-        k_rest = load_part(k_ptr, key, is_key, k_stride, head_dim, main, rest, True)
-        v_rest = load_part(v_ptr, key, is_key, v_stride, head_dim, main, rest, True)
+    k, k_rest = load_rows(k_ptr, key, is_key, k_stride, head_dim, main, rest, True)
+    v, v_rest = load_rows(v_ptr, key, is_key, v_stride, head_dim, main, rest, True)
     start, stop = _key_interval(bound_ptr, end_ptr, tl.minimum(key, last), window, is_causal, has_window)
     low, stop_of_first = _key_interval(bound_ptr, end_ptr, first, window, is_causal, has_window)
     start_of_last, high = _key_interval(bound_ptr, end_ptr, last, window, is_causal, has_window)
     whole, after = _loops(low, start_of_last, stop_of_first, high, block_q)
-    grad_k = tl.zeros((block_k, main), dtype=tl.float32)
-    grad_v = tl.zeros((block_k, main), dtype=tl.float32)
-    grad_k_rest = tl.zeros((block_k, rest if rest > 0 else 1), dtype=tl.float32)
-    grad_v_rest = tl.zeros((block_k, rest if rest > 0 else 1), dtype=tl.float32)
+    grad_k, grad_k_rest = zeros_of(block_k, main, rest)
+    grad_v, grad_v_rest = zeros_of(block_k, main, rest)
     for head in range(kv_head * group, (kv_head + 1) * group):
         q_head_ptr = q_ptr + head * q_head_stride
         grad_head_ptr = grad_ptr + head * head_dim
@@ -232,11 +223,8 @@ def _packed_key_gradient_kernel(
         )  # fmt: skip
     grad_k_ptr += kv_head * head_dim
     grad_v_ptr += kv_head * head_dim
-    store_part(grad_k_ptr, key, is_key, out_stride, grad_k * scale, head_dim, 0, main)
-    store_part(grad_v_ptr, key, is_key, out_stride, grad_v, head_dim, 0, main)
-    if rest > 0:
-        store_part(grad_k_ptr, key, is_key, out_stride, grad_k_rest * scale, head_dim, main, rest)
-        store_part(grad_v_ptr, key, is_key, out_stride, grad_v_rest, head_dim, main, rest)
+    store_rows(grad_k_ptr, key, is_key, out_stride, grad_k * scale, grad_k_rest * scale, head_dim, main, rest)
+    store_rows(grad_v_ptr, key, is_key, out_stride, grad_v, grad_v_rest, head_dim, main, rest)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -254,13 +242,14 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = rows_of_channels(q, k, v)
         num_tokens, num_heads, head_dim = q.shape
+        tile = tiles_for(q).forward
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         log_total = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
         launch(
-            _packed_forward_kernel, (num_heads, num_blocks_of(num_tokens, FORWARD.block_q)),
+            _packed_forward_kernel, (num_heads, num_blocks_of(num_tokens, tile.block_q)),
             q, k, v, out, log_total, bounds, ends, num_tokens, num_heads // k.shape[1], scale * LOG2_E, window or 0,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], out.stride(0),
-            is_causal=is_causal, has_window=window is not None, **parts(head_dim), **FORWARD._asdict(),
+            is_causal=is_causal, has_window=window is not None, **parts(head_dim), **tile._asdict(),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, log_total, bounds, ends)
         ctx.is_causal, ctx.window, ctx.scale = is_causal, window, scale
@@ -270,6 +259,7 @@ class _PackedAttention(torch.autograd.Function):
     @once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_total, bounds, ends = ctx.saved_tensors
+        _, query_tile, key_tile = tiles_for(q)
         grad = grad_outputs[0].contiguous()
         num_tokens, num_heads, head_dim = q.shape
         delta = torch.empty_like(log_total)
@@ -278,14 +268,14 @@ class _PackedAttention(torch.autograd.Function):
         strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
         rules = {"is_causal": ctx.is_causal, "has_window": ctx.window is not None, **parts(head_dim)}
         launch(
-            _packed_query_gradient_kernel, (num_heads, num_blocks_of(num_tokens, QUERY_GRADIENT.block_q)),
+            _packed_query_gradient_kernel, (num_heads, num_blocks_of(num_tokens, query_tile.block_q)),
             q, k, v, out, grad, log_total, delta, grad_q, bounds, ends, *scalars, *strides, out.stride(0),
-            **rules, **QUERY_GRADIENT._asdict(),
+            **rules, **query_tile._asdict(),
         )  # fmt: skip
         launch(
-            _packed_key_gradient_kernel, (k.shape[1], num_blocks_of(num_tokens, KEY_GRADIENT.block_k)),
+            _packed_key_gradient_kernel, (k.shape[1], num_blocks_of(num_tokens, key_tile.block_k)),
             q, k, v, grad, log_total, delta, grad_k, grad_v, bounds, ends, *scalars, *strides,
-            grad.stride(0), grad_k.stride(0), **rules, **KEY_GRADIENT._asdict(),
+            grad.stride(0), grad_k.stride(0), **rules, **key_tile._asdict(),
         )  # fmt: skip
         return grad_q, grad_k, grad_v, None, None, None, None, None
 
@@ -302,5 +292,4 @@ def packed_attention(
     scale: float | None,
 ) -> Tensor:
     """Attend inside documents; `bounds` and `ends`, int32[t]: for each token where its document starts and ends."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return apply(_PackedAttention, q, k, v, bounds, ends, is_causal, window, scale)
+    return apply(_PackedAttention, q, k, v, bounds, ends, is_causal, window, scale_or_default(q, scale))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import SiglipConfig
 from .loss import pair_logits
 from .text import SiglipText
-from .vision import SiglipVision
+from .vision import Pixels, SiglipVision
 
 
 class SiglipOutput(NamedTuple):
@@ -53,9 +53,7 @@ class Siglip(nn.Module):
         self.logit_scale.fill_(math.log(10.0))
         self.logit_bias.fill_(-10.0)
 
-    def embed_images(
-        self, pixels: Float[Tensor, "b 3 height width"], *, interpolate: bool = False
-    ) -> Float[Tensor, "b d"]:
+    def embed_images(self, pixels: Pixels, *, interpolate: bool = False) -> Float[Tensor, "p d"]:
         """Return one vector of unit length an image; arguments as of `SiglipVision.forward`."""
         return F.normalize(self.vision_model.pool(self.vision_model(pixels, interpolate=interpolate)), dim=-1)
 
@@ -63,7 +61,7 @@ class Siglip(nn.Module):
         """Return one vector of unit length a text; see `siglip_lite.text` on padding."""
         return F.normalize(self.text_model.pool(self.text_model(ids)), dim=-1)
 
-    def forward(self, pixels: Float[Tensor, "b 3 height width"], ids: Int[Tensor, "c t"]) -> SiglipOutput:
+    def forward(self, pixels: Pixels, ids: Int[Tensor, "c t"]) -> SiglipOutput:
         """Embed images and texts and score all pairs; for the loss, give the embeddings to `sigmoid_loss`."""
         image_embeds, text_embeds = self.embed_images(pixels), self.embed_texts(ids)
         logits = pair_logits(image_embeds, text_embeds, self.logit_scale, self.logit_bias)

@@ -14,10 +14,12 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from fused_kernels import attention
+from fused_kernels import attention, linear, normalised_patches
 
 from .config import SiglipVisionConfig
 from .encoder import Encoder, LayerNorm, Mlp, init_cut_normal, init_encoder
+
+Pixels = Float[Tensor, "p 3 height width"] | UInt8[Tensor, "p 3 height width"]
 
 
 def normalise(pixels: UInt8[Tensor, "*batch"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*batch"]:
@@ -77,7 +79,7 @@ class PatchEmbeddings(nn.Module):
         # An Embedding only for its parameter's published name.
         self.position_embedding = nn.Embedding(cfg.num_patches, cfg.width)
 
-    def forward(self, pixels: Float[Tensor, "p 3 height width"], interpolate: bool) -> Float[Tensor, "p n d"]:
+    def forward(self, pixels: Pixels, interpolate: bool) -> Float[Tensor, "p n d"]:
         """Embed all whole patches, row-major."""
         rows, cols = (pixels.shape[-2] // self.patch_px, pixels.shape[-1] // self.patch_px)
         if (rows, cols) != self.native_grid and not interpolate:
@@ -86,12 +88,22 @@ class PatchEmbeddings(nn.Module):
                 f"got {rows}×{cols} from {pixels.shape[-2]}×{pixels.shape[-1]} px; resize, or pass interpolate=True"
             )
         positions = interpolate_positions(self.position_embedding.weight, (rows, cols))
+        return self._embed_patches(pixels, rows, cols) + positions
+
+    def _embed_patches(self, pixels: Pixels, rows: int, cols: int) -> Float[Tensor, "p n d"]:
+        if pixels.dtype == torch.uint8:
+            weight = next(self.patch_embedding.parameters())
+            if isinstance(self.patch_embedding, nn.Conv2d):
+                # A convolution whose windows lie side by side is a product. From bytes, one CPU thread: 1.25 to 1.5
+                # times as fast as scaling and the convolution (1 and 5 tiles of 384 px to 1152, 8 of 64 px to 128).
+                patches = normalised_patches(pixels, self.patch_px, weight.dtype)
+                return linear(patches, weight.flatten(1), self.patch_embedding.bias)
+            pixels = normalise(pixels, weight.dtype)
         # Cropped to whole patches, so that both stems see the same pixels.
         pixels = pixels[..., : rows * self.patch_px, : cols * self.patch_px]
         # The layout that small convolutions run fastest in, and in which the patches lie as they are wanted.
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        patches = rearrange(self.patch_embedding(pixels), "p d rows cols -> p (rows cols) d")
-        return patches + positions
+        return rearrange(self.patch_embedding(pixels), "p d rows cols -> p (rows cols) d")
 
 
 class PoolingAttention(nn.Module):
@@ -165,7 +177,7 @@ class SiglipVision(nn.Module):
 
     def forward(
         self,
-        pixels: Float[Tensor, "p 3 height width"],
+        pixels: Pixels,
         *,
         valid: Bool[Tensor, "p n"] | None = None,
         interpolate: bool = False,
@@ -173,7 +185,7 @@ class SiglipVision(nn.Module):
         """Return one feature a patch, row-major, after the last layer norm.
 
         Args:
-            pixels: images in [-1, 1] (see `normalise`), in the dtype of the parameters, or in any under autocast.
+            pixels: bytes; or what `normalise` made of them, in the dtype of the parameters, or in any under autocast.
             valid: True = attend. Patches of padding, marked False, change no feature of the others (their own features
                 mean nothing); an image without any True attends to all of its own. Published towers see padding: None.
                 With the conv stem, pixels at a patch's border still reach the patch right of or below it.
