@@ -147,7 +147,7 @@ def stage_data(stage: str, count: int, seed: int, kinds: Sequence[PictureKind] =
         "dpo": {"preferences": (drawers.preference, 1, 1.0)},
         # Of `dpo` where the model is asked first: as often yes as no, or its errors would teach which comes more often.
         "own-errors": {"presence": (drawers.presence, 1, 1.0)},
-        # As 2 k pictures of VLGuard, half of them safe with an unsafe instruction besides, and 5 k samples of both SFTs.
+        # As 2 k pictures of VLGuard, half of them safe with an unsafe instruction besides, and 5 k of both SFTs.
         "safety": {
             "cards": (drawers.card, 1, 2 / 8),
             "instructions": (drawers.forbidden, 1, 1 / 8),
