@@ -15,11 +15,11 @@ PACKS = [(0,), (1,), (0, 7, 0), (17, 3, 0, 13), (41,)]
 @pytest.fixture
 def small_tiles(kernel_device, monkeypatch):
     from fused_kernels import dense_triton, packed_triton
-    from fused_kernels.attention_triton import Tile
+    from fused_kernels.attention_triton import Tile, Tiles
 
+    tiles = Tiles(*(Tile(*sizes, num_warps=4, num_stages=1) for sizes in ((16, 32), (32, 16), (16, 32))))
     for module in (packed_triton, dense_triton):
-        for name, sizes in {"FORWARD": (16, 32), "QUERY_GRADIENT": (32, 16), "KEY_GRADIENT": (16, 32)}.items():
-            monkeypatch.setattr(module, name, Tile(*sizes, num_warps=4, num_stages=1))
+        monkeypatch.setattr(module, "tiles_for", lambda q: tiles)
 
 
 def new(*shape):
@@ -52,9 +52,9 @@ def test_packed_kernel_of_every_head_width(small_tiles, check_kernel, kernel_dty
     check_pack(check_kernel, kernel_dtype, (19, 2), (1, 1), head_dim)
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2), (3, 1)])
-def test_packed_kernel_groups_queries(small_tiles, check_kernel, kernel_dtype, heads):
-    check_pack(check_kernel, kernel_dtype, (5, 17), heads, 8, scale=0.3)
+@pytest.mark.parametrize(("heads", "scale"), [((1, 1), 0.0), ((3, 3), -0.5), ((4, 2), 0.3), ((3, 1), 0.3)])
+def test_packed_kernel_groups_queries(small_tiles, check_kernel, kernel_dtype, heads, scale):
+    check_pack(check_kernel, kernel_dtype, (5, 17), heads, 8, scale=scale)
 
 
 def test_packed_kernel_as_it_is_tiled_on_a_gpu(check_kernel, kernel_dtype):

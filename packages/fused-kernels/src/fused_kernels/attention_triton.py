@@ -17,10 +17,12 @@ products of a head of 72 channels 1.6 times as many.
 
 from typing import NamedTuple, no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import capability
 from .triton_parts import dot, power_of_two
 
 LOG2_E = 1.4426950408889634
@@ -35,6 +37,49 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+
+
+class Tiles(NamedTuple):
+    """How the three kernels of an attention are cut."""
+
+    forward: Tile
+    query_gradient: Tile
+    key_gradient: Tile
+
+
+def generation(device: torch.device) -> int:
+    """8 for an A100, 9 for an H100, 10 for a B200; without a device as for an H100."""
+    return capability(device)[0] if device.type == "cuda" else 9
+
+
+def tiles_for(q: Tensor) -> Tiles:
+    """Choose by device and width of head: as large as leaves no register to spill (tools/kernel_report.py)."""
+    head_dim = q.shape[-1]
+    forward = Tile(block_q=128, block_k=64, num_warps=8, num_stages=3)
+    query_gradient = Tile(block_q=128, block_k=64, num_warps=8, num_stages=2)
+    key_gradient = Tile(block_q=64, block_k=128, num_warps=8, num_stages=2)
+    match generation(q.device):
+        case 9:
+            if head_dim > 96:
+                key_gradient = key_gradient._replace(block_q=32)
+        case 10:
+            # With loads ahead, the key gradient of a head of 96 spills 2,568 bytes.
+            query_gradient = query_gradient._replace(block_k=32)
+            key_gradient = key_gradient._replace(num_stages=1)
+        case _:
+            # Both operands of a product are in registers.
+            query_gradient = query_gradient._replace(block_k=32)
+            key_gradient = key_gradient._replace(block_q=32 if head_dim <= 64 else 16)
+            if head_dim > 64:
+                forward = forward._replace(block_k=32)
+            if head_dim > 96:
+                query_gradient = query_gradient._replace(block_q=64, num_warps=4)
+    return Tiles(forward, query_gradient, key_gradient)
+
+
+def scale_or_default(q: Tensor, scale: float | None) -> float:
+    """Return 1/√k where None is given; a scale is divided by, so for 0 a number that does as 0."""
+    return q.shape[-1] ** -0.5 if scale is None else scale or 1e-30
 
 
 def parts(head_dim: int) -> dict[str, int]:
@@ -116,9 +161,9 @@ def zeros_of(rows: tl.constexpr, main: tl.constexpr, rest: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def products(a, a_rest, b, b_rest, rest: tl.constexpr):
-    """a bᵀ over both parts of a head."""
-    total = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), dtype=tl.float32))
+def products(a, a_rest, b, b_rest, total, rest: tl.constexpr):
+    """total + a bᵀ over both parts of a head; total is broadcast."""
+    total = dot(a, tl.trans(b), total + tl.zeros((a.shape[0], b.shape[0]), dtype=tl.float32))
     if rest > 0:
         total = dot(a_rest, tl.trans(b_rest), total)
     return total
@@ -136,7 +181,7 @@ def attend(
         key = first + tl.arange(0, block_k)
         is_key = key < high
         k, k_rest = load_rows(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
-        scores = products(q, q_rest, k, k_rest, rest) * scale
+        scores = products(q, q_rest, k, k_rest, 0.0, rest) * scale
         if is_masked:
             visible = (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
             if has_mask:
@@ -192,7 +237,7 @@ def add_query_gradient(
         is_key = key < high
         k, k_rest = load_rows(k_ptr, key, is_key, k_stride, head_dim, main, rest, is_masked)
         v, v_rest = load_rows(v_ptr, key, is_key, v_stride, head_dim, main, rest, is_masked)
-        exponents = products(q, q_rest, k, k_rest, rest) * scale - log_total[:, None]
+        exponents = products(q, q_rest, k, k_rest, 0.0, rest) * scale - log_total[:, None]
         if is_masked:
             visible = (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
             if has_mask:
@@ -200,7 +245,7 @@ def add_query_gradient(
             # Before the power: that of a key which the query does not see may be out of range.
             exponents = tl.where(visible, exponents, -float("inf"))
         probs = tl.exp2(exponents)
-        grad_scores = probs * (products(grad, grad_rest, v, v_rest, rest) - delta[:, None])
+        grad_scores = probs * (products(grad, grad_rest, v, v_rest, 0.0, rest) - delta[:, None])
         grad_q = dot(grad_scores.to(k.dtype), k, grad_q)
         if rest > 0:
             grad_q_rest = dot(grad_scores.to(k.dtype), k_rest, grad_q_rest)
@@ -225,8 +270,9 @@ def add_key_gradients(
         grad, grad_rest = load_rows(grad_ptr, query, is_query, grad_stride, head_dim, main, rest, is_masked)
         log_total = tl.load(log_total_ptr + query, mask=is_query, other=0.0)
         delta = tl.load(delta_ptr + query, mask=is_query, other=0.0)
-        # Keys by queries: the transposes of the tiles in the other direction.
-        exponents = products(k, k_rest, q, q_rest, rest) * scale - log_total[None, :]
+        # Keys by queries: the transposes of the tiles in the other direction. L and D are where the sums begin: beside
+        # them they would hold registers until the end, 32 a thread.
+        exponents = products(k, k_rest, q, q_rest, -log_total[None, :] / scale, rest) * scale
         if is_masked:
             visible = (query[None, :] >= start[:, None]) & (query[None, :] < stop[:, None])
             exponents = tl.where(visible, exponents, -float("inf"))
@@ -234,7 +280,7 @@ def add_key_gradients(
         grad_v = dot(probs.to(grad.dtype), grad, grad_v)
         if rest > 0:
             grad_v_rest = dot(probs.to(grad.dtype), grad_rest, grad_v_rest)
-        grad_scores = probs * (products(v, v_rest, grad, grad_rest, rest) - delta[None, :])
+        grad_scores = probs * products(v, v_rest, grad, grad_rest, -delta[None, :], rest)
         grad_k = dot(grad_scores.to(q.dtype), q, grad_k)
         if rest > 0:
             grad_k_rest = dot(grad_scores.to(q.dtype), q_rest, grad_k_rest)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .attention_triton import (
     LOG2_E,
-    Tile,
     add_key_gradients,
     add_query_gradient,
     attend,
@@ -24,17 +23,15 @@ from .attention_triton import (
     load_rows,
     parts,
     rows_of_channels,
+    scale_or_default,
     start_attending,
     store_attended,
     store_rows,
+    tiles_for,
     zeros_of,
 )
 from .dispatch import apply, once
 from .triton_parts import launch, num_blocks_of
-
-FORWARD = Tile(block_q=128, block_k=64, num_warps=8, num_stages=3)
-QUERY_GRADIENT = Tile(block_q=128, block_k=64, num_warps=8, num_stages=2)
-KEY_GRADIENT = Tile(block_q=64, block_k=128, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -184,14 +181,15 @@ class _Attention(torch.autograd.Function):
         q, k, v = rows_of_channels(q, k, v)
         mask = None if mask is None else mask.contiguous().view(torch.uint8)
         batch, num_queries, num_heads, head_dim = q.shape
+        tile = tiles_for(q).forward
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         log_total = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device)
         launch(
-            _dense_forward_kernel, (num_blocks_of(num_queries, FORWARD.block_q), batch * num_heads),
+            _dense_forward_kernel, (num_blocks_of(num_queries, tile.block_q), batch * num_heads),
             q, k, v, mask, out, log_total,
             num_heads, num_heads // k.shape[2], num_queries, k.shape[1], scale * LOG2_E,
             *_strides(q, k, v), num_heads * head_dim,
-            has_mask=mask is not None, **parts(head_dim), **FORWARD._asdict(),
+            has_mask=mask is not None, **parts(head_dim), **tile._asdict(),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, mask, out, log_total)
         ctx.scale = scale
@@ -201,29 +199,30 @@ class _Attention(torch.autograd.Function):
     @once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, log_total = ctx.saved_tensors
+        _, query_tile, key_tile = tiles_for(q)
         grad = grad_outputs[0].contiguous()
         batch, num_queries, num_heads, head_dim = q.shape
         num_kv_heads = k.shape[2]
         delta = torch.empty_like(log_total)
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         launch(
-            _dense_query_gradient_kernel, (num_blocks_of(num_queries, QUERY_GRADIENT.block_q), batch * num_heads),
+            _dense_query_gradient_kernel, (num_blocks_of(num_queries, query_tile.block_q), batch * num_heads),
             q, k, v, mask, out, grad, log_total, delta, grad_q,
             num_heads, num_heads // num_kv_heads, num_queries, k.shape[1], ctx.scale, ctx.scale * LOG2_E,
             *_strides(q, k, v), num_heads * head_dim,
-            has_mask=mask is not None, **parts(head_dim), **QUERY_GRADIENT._asdict(),
+            has_mask=mask is not None, **parts(head_dim), **query_tile._asdict(),
         )  # fmt: skip
         grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         launch(
-            _dense_key_gradient_kernel, (num_blocks_of(k.shape[1], KEY_GRADIENT.block_k), batch * num_kv_heads),
+            _dense_key_gradient_kernel, (num_blocks_of(k.shape[1], key_tile.block_k), batch * num_kv_heads),
             q, k, v, mask, grad, log_total, delta, grad_k, grad_v,
             num_heads, num_heads // num_kv_heads, num_queries, k.shape[1], ctx.scale, ctx.scale * LOG2_E,
             *_strides(q, k, v), num_heads * head_dim, num_kv_heads * head_dim,
-            has_mask=mask is not None, **parts(head_dim), **KEY_GRADIENT._asdict(),
+            has_mask=mask is not None, **parts(head_dim), **key_tile._asdict(),
         )  # fmt: skip
         return grad_q, grad_k, grad_v, None, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Attend to all keys, or those of a mask bool[b, s]."""
-    return apply(_Attention, q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    return apply(_Attention, q, k, v, mask, scale_or_default(q, scale))

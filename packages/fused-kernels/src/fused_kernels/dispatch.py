@@ -46,7 +46,8 @@ _OLDEST_CAPABILITY = (8, 0)
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
 
 
@@ -64,8 +65,8 @@ def on_cuda_with_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it is written for bf16, fp16 and fp32, got {dtype}"
     if not _has_triton():
         return "Triton is not installed"
-    if torch.cuda.is_available() and _capability(device) < _OLDEST_CAPABILITY:
-        return f"it needs compute capability 8.0, got {'.'.join(map(str, _capability(device)))}"
+    if torch.cuda.is_available() and capability(device) < _OLDEST_CAPABILITY:
+        return f"it needs compute capability 8.0, got {'.'.join(map(str, capability(device)))}"
     return None
 
 

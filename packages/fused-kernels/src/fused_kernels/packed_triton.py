@@ -24,7 +24,6 @@ from torch import Tensor
 
 from .attention_triton import (
     LOG2_E,
-    Tile,
     add_key_gradients,
     add_query_gradient,
     attend,
@@ -32,17 +31,15 @@ from .attention_triton import (
     load_rows,
     parts,
     rows_of_channels,
+    scale_or_default,
     start_attending,
     store_attended,
     store_rows,
+    tiles_for,
     zeros_of,
 )
 from .dispatch import apply, once
 from .triton_parts import launch, num_blocks_of
-
-FORWARD = Tile(block_q=128, block_k=64, num_warps=8, num_stages=3)
-QUERY_GRADIENT = Tile(block_q=128, block_k=64, num_warps=8, num_stages=2)
-KEY_GRADIENT = Tile(block_q=64, block_k=128, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -245,13 +242,14 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = rows_of_channels(q, k, v)
         num_tokens, num_heads, head_dim = q.shape
+        tile = tiles_for(q).forward
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         log_total = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
         launch(
-            _packed_forward_kernel, (num_heads, num_blocks_of(num_tokens, FORWARD.block_q)),
+            _packed_forward_kernel, (num_heads, num_blocks_of(num_tokens, tile.block_q)),
             q, k, v, out, log_total, bounds, ends, num_tokens, num_heads // k.shape[1], scale * LOG2_E, window or 0,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], out.stride(0),
-            is_causal=is_causal, has_window=window is not None, **parts(head_dim), **FORWARD._asdict(),
+            is_causal=is_causal, has_window=window is not None, **parts(head_dim), **tile._asdict(),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, log_total, bounds, ends)
         ctx.is_causal, ctx.window, ctx.scale = is_causal, window, scale
@@ -261,6 +259,7 @@ class _PackedAttention(torch.autograd.Function):
     @once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_total, bounds, ends = ctx.saved_tensors
+        _, query_tile, key_tile = tiles_for(q)
         grad = grad_outputs[0].contiguous()
         num_tokens, num_heads, head_dim = q.shape
         delta = torch.empty_like(log_total)
@@ -269,14 +268,14 @@ class _PackedAttention(torch.autograd.Function):
         strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
         rules = {"is_causal": ctx.is_causal, "has_window": ctx.window is not None, **parts(head_dim)}
         launch(
-            _packed_query_gradient_kernel, (num_heads, num_blocks_of(num_tokens, QUERY_GRADIENT.block_q)),
+            _packed_query_gradient_kernel, (num_heads, num_blocks_of(num_tokens, query_tile.block_q)),
             q, k, v, out, grad, log_total, delta, grad_q, bounds, ends, *scalars, *strides, out.stride(0),
-            **rules, **QUERY_GRADIENT._asdict(),
+            **rules, **query_tile._asdict(),
         )  # fmt: skip
         launch(
-            _packed_key_gradient_kernel, (k.shape[1], num_blocks_of(num_tokens, KEY_GRADIENT.block_k)),
+            _packed_key_gradient_kernel, (k.shape[1], num_blocks_of(num_tokens, key_tile.block_k)),
             q, k, v, grad, log_total, delta, grad_k, grad_v, bounds, ends, *scalars, *strides,
-            grad.stride(0), grad_k.stride(0), **rules, **KEY_GRADIENT._asdict(),
+            grad.stride(0), grad_k.stride(0), **rules, **key_tile._asdict(),
         )  # fmt: skip
         return grad_q, grad_k, grad_v, None, None, None, None, None
 
@@ -293,5 +292,4 @@ def packed_attention(
     scale: float | None,
 ) -> Tensor:
     """Attend inside documents; `bounds` and `ends`, int32[t]: for each token where its document starts and ends."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return apply(_PackedAttention, q, k, v, bounds, ends, is_causal, window, scale)
+    return apply(_PackedAttention, q, k, v, bounds, ends, is_causal, window, scale_or_default(q, scale))
