@@ -146,11 +146,12 @@ def vision_attention() -> None:
 
 
 def latent_attention() -> None:
-    """Five tiles of the resampler: 128 latents read 729 patches, some masked, and themselves."""
-    from fused_kernels.dense_triton import attention
+    """Five tiles of the resampler, patches masked."""
+    from fused_kernels.dense_triton import joint_attention
 
-    k, v = meta(5, 857, 2, 16, 96).unbind(2)
-    backward(attention(meta(5, 128, 16, 96), k, v, meta(5, 857, dtype=torch.bool), None))
+    q, more_k, more_v = (meta(5, 128, 16, 96) for _ in range(3))
+    k, v = meta(5, 729, 2, 16, 96).unbind(2)
+    backward(joint_attention(q, k, v, more_k, more_v, meta(5, 729, dtype=torch.bool), None))
 
 
 def cases() -> dict[str, Callable[[], None]]:

@@ -32,14 +32,9 @@ from train_ablate_report import Conclusion, conclude, write_page
 from train_ablate_table import ABLATIONS, TOWERS
 from train_errors import BadInputError, checking_input
 from train_recipes import demo_model, pretrain_stage, sft_stage, warmup_stage
-from train_stages import (
-    IMAGE_CACHE_BYTES,
-    CheckpointFiles,
-    fit_stage,
-    make_stream,
-    say,
-    stage_trainer,
-)
+from train_stages import CheckpointFiles, fit_stage, stage_trainer
+from train_stream import IMAGE_CACHE_BYTES, make_stream
+from train_terminal import say
 from train_vision import fit_warmup, warmup_trainer
 from train_vision_data import WARMUP_KINDS
 from train_world import stage_data, world_tokenizer

@@ -16,7 +16,8 @@ from train_ablate_data import draw_questions, exchange_pictures, is_right, lesso
 from train_ablate_plan import Ablation, Arm
 from train_config import WarmupConfig
 from train_recipes import warmup_stage
-from train_stages import IMAGE_CACHE_BYTES, fit_stage, make_stream, merge_adapters, stage_trainer
+from train_stages import fit_stage, merge_adapters, stage_trainer
+from train_stream import IMAGE_CACHE_BYTES, make_stream
 from train_vision import DenseObjective
 from train_vision_data import DenseStream
 from trainer_lite import Progress, StopFlag, Trainer

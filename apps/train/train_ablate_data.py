@@ -14,7 +14,7 @@ from scene_world import REFUSAL, SKILLS, SYMBOLS, Document, Picture, World
 from scene_world.lexicon import spell
 from scene_world.questions import CAPTION_ORDERS, with_article
 from train_ablate_plan import Lesson
-from train_stages import StageData
+from train_stream import StageData
 from train_world import (
     NOTHING_MAY_BE_SKIPPED,
     QUESTION_ROUNDS,

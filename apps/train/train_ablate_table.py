@@ -141,7 +141,8 @@ def scale() -> Ablation:
         source="xGen-MM, pre-training data scaling from 2 B to 100 B tokens (curves of captioning at 4 and 8 shots)",
         done="Pre-training on captions of scenes for 60, 120 and 240 steps of 16 fresh samples. Asked is the beginning "
         "of a held-out scene's caption, as the paper measures captioning. A first version asked questions behind 50 "
-        "more steps of SFT: how fast those took to the new format hid what pre-training had given.",
+        "more steps of SFT: how fast those took to the new format hid what pre-training had given, and its seed 0 "
+        "went against the claim.",
         start="warmup",
         arms={"x1": arm(60), "x2": arm(120), "x4": arm(240)},
         skills=("0-shot",),

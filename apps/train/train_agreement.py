@@ -16,7 +16,8 @@ from blip3_lite.folder import file_sha256
 from train_cli import AUTO, FREE_ON_RESUME, NEWEST
 from train_config import StageConfig, StageRun
 from train_errors import BadInputError
-from train_stages import StageData, plan_config, say
+from train_stream import StageData, plan_config
+from train_terminal import say
 from trainer_lite import Processes, RunFolder
 
 _SEEN_WITHIN_S = 60.0

@@ -12,15 +12,9 @@ from train_errors import checking_input
 from train_exam import Exam, StageScores, Summary
 from train_preparation import Prepared, prepare
 from train_report import write_report
-from train_stages import (
-    IMAGE_CACHE_BYTES,
-    CheckpointFiles,
-    announce,
-    fit_stage,
-    merge_adapters,
-    say,
-    stage_trainer,
-)
+from train_stages import CheckpointFiles, fit_stage, merge_adapters, stage_trainer
+from train_stream import IMAGE_CACHE_BYTES
+from train_terminal import announce, say
 from train_vision import fit_warmup, warmup_trainer
 from train_world import stage_data, world_tokenizer
 from trainer_lite import FitResult, PhaseTimer, RunFolder, StopFlag, TqdmProgress, peak_rss_bytes

@@ -19,7 +19,8 @@ from train_errors import BadInputError
 from train_objectives import SamplePair
 from train_operations import PackShape
 from train_plan import MOMENTS_OF, Packs, assumed_packs, model_parts, plan_lines
-from train_stages import IMAGE_CACHE_BYTES, StageData, StageEncoder, base_view_processor, freeze, plan_config
+from train_stages import freeze
+from train_stream import IMAGE_CACHE_BYTES, StageData, StageEncoder, base_view_processor, plan_config
 from trainer_lite import group_parameters
 
 _PACKS, _MEASURED = 16, 300

@@ -20,17 +20,9 @@ from train_config import LanguageRun, run_path
 from train_errors import BadInputError, checking_input
 from train_exam import Exam, StageScores, with_exchanged_pictures
 from train_report import write_run_report
-from train_stages import (
-    IMAGE_CACHE_BYTES,
-    CheckpointFiles,
-    announce,
-    data_of_file,
-    fit_stage,
-    make_stream,
-    merge_adapters,
-    say,
-    stage_trainer,
-)
+from train_stages import CheckpointFiles, fit_stage, merge_adapters, stage_trainer
+from train_stream import IMAGE_CACHE_BYTES, data_of_file, make_stream
+from train_terminal import announce, say
 from train_vision import fit_warmup, label_words, warmup_trainer
 from train_world import stage_data
 from trainer_lite import PhaseTimer, RunFolder, StopFlag, TqdmProgress, peak_rss_bytes

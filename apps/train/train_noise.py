@@ -17,7 +17,7 @@ from blip3_lite import Blip3, Processor
 from dpo_lite import side_by_side
 from train_answers import noised_rivals
 from train_objectives import PairPack, sample_digest
-from train_stages import PackStream
+from train_stream import PackStream
 
 _MADE = "noised_steps_made"
 

@@ -5,16 +5,20 @@ from hashlib import sha256
 from pathlib import Path
 
 import msgspec
+import torch
 
 from blip3_lite import Blip3, FeatureCache, Processor, SamplingConfig, collate
 from eval_lite import EvalItem, predict
 from interleave_data import PreferenceSample, Sample, SkipSample, Source, TextPart
 from interleave_data.sources import AnySample
-from train_stages import StageData
+from train_stream import StageData
 from trainer_lite import Progress
 
 _QUESTIONS_AT_A_TIME = 512
-_ANSWER = SamplingConfig(max_new_tokens=64)
+_ANSWER = SamplingConfig(max_new_tokens=64, temperature=1.0)
+"""Drawn, not the likeliest: pairs then come from both sides of the turning point, each wrong answer as often as the
+model holds it for right. A model taught where its likeliest answers are wrong turns round what is like them, right
+answers too."""
 
 
 class OwnError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,8 +81,12 @@ def own_errors(
     features: FeatureCache | None,
     path: Path,
     progress: Progress,
+    *,
+    seed: int,
 ) -> StageData:
     """The data with the model's wrong answers in the place of the rejected ones, to the first questions of each source.
+
+    It is asked once, and answers as it is drawn by `seed` (temperature 1).
 
     The answers are kept in `path`, and read from there if it is there: a run that goes on has the same pairs.
 
@@ -88,10 +96,11 @@ def own_errors(
     if path.exists():
         errors = [msgspec.json.decode(line, type=OwnError) for line in path.read_bytes().splitlines()]
     else:
+        draws = torch.Generator(model.device).manual_seed(seed)
         errors = [
             error
             for source in data.sources
-            for error in _ask(source, num_questions, model, processor, features, progress)
+            for error in _ask(source, num_questions, model, processor, features, draws, progress)
         ]
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(b"".join(msgspec.json.encode(error) + b"\n" for error in errors))
@@ -119,6 +128,7 @@ def _ask(
     model: Blip3,
     processor: Processor,
     features: FeatureCache | None,
+    draws: torch.Generator,
     progress: Progress,
 ) -> list[OwnError]:
     errors: list[OwnError] = []
@@ -139,6 +149,7 @@ def _ask(
             [item for _, item in asked],
             is_same_answer,
             sampling=_ANSWER,
+            generator=draws,
             collate_prompts=collate if features is None else features.collate,
         )
         errors += [

@@ -8,7 +8,8 @@ from train_config import StageConfig
 from train_errors import BadInputError
 from train_noise import NoisedStream
 from train_pairs import own_errors
-from train_stages import PackStream, StageData, kept_reference, make_stream
+from train_stages import kept_reference
+from train_stream import PackStream, StageData, make_stream
 from trainer_lite import Processes, Progress, RunFolder
 
 OWN_ERRORS_FILE = "own_errors.jsonl"
@@ -53,7 +54,7 @@ def prepare(
         raise BadInputError(f"noise: expected one process, got {processes.count}; start one, or leave it out")
     if stage.own_errors is not None:
         path = run.path / OWN_ERRORS_FILE
-        data = own_errors(data, stage.own_errors, model, processor, features, path, progress)
+        data = own_errors(data, stage.own_errors, model, processor, features, path, progress, seed=stage.train.seed)
     reference = None
     if stage.has_kept_reference:
         reference = kept_reference(model, stage, data, processor, features, run.path / REFERENCE_FILE)

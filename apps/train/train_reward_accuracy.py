@@ -24,17 +24,19 @@ from dpo_lite import split_pairs
 from interleave_data import ImagePart, PreferenceSample, SkipSample, load_data_file, open_sources
 from scene_world import World
 from train_objectives import answer_log_probs
-from train_stages import StageData, base_view_processor, merge_adapters
+from train_stages import merge_adapters
+from train_stream import StageData, base_view_processor
 from train_world import Drawers, WorldSource
 from vlm_metrics import wilson_interval
 
 _PAIRS_AT_A_TIME = 16
 
 
-def _load(path: str) -> tuple[Blip3, Processor]:
-    loaded = open_model(Path(path), dtype=torch.float32)
+def load_merged(path: Path) -> tuple[Blip3, Processor]:
+    """A checkpoint's model with its adapters merged; exits if it is not a whole model."""
+    loaded = open_model(path, dtype=torch.float32)
     if not isinstance(loaded, LoadedModel):
-        sys.exit(f"{path}: expected a whole model, got a language model alone")
+        sys.exit(f"{path}: expected a whole model, got a language model alone; name a checkpoint of apps/train")
     if loaded.config.lora is not None:
         merge_adapters(loaded.model)
     return loaded.model.eval().requires_grad_(False), loaded.processor
@@ -58,8 +60,9 @@ def world_pairs(
     count: int, seed: int, reference: Blip3, processor: Processor, *, are_own_errors: bool
 ) -> list[PreferenceSample]:
     """Held-out presence questions; of own errors, those that the reference answers wrongly."""
-    source = WorldSource("preferences", count, Drawers(World(seed, "heldout")).preference, f"seed {seed}")
+    drawers = Drawers(World(seed, "heldout"))
     if not are_own_errors:
+        source = WorldSource("preferences", count, drawers.preference, f"seed {seed}")
         return [sample for sample in (source[index] for index in range(count)) if isinstance(sample, PreferenceSample)]
     from tempfile import TemporaryDirectory
 
@@ -68,7 +71,8 @@ def world_pairs(
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "errors.jsonl"
-        made = own_errors(StageData([source]), count, reference, processor, None, path, QuietProgress())
+        source = WorldSource("presence", count, drawers.presence, f"seed {seed}")
+        made = own_errors(StageData([source]), count, reference, processor, None, path, QuietProgress(), seed=seed)
     errors = made.sources[0]
     return [sample for sample in (errors[i] for i in range(len(errors))) if isinstance(sample, PreferenceSample)]
 
@@ -122,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=99, help="of the world")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    (policy, processor), (reference, _) = _load(args.policy), _load(args.reference)
+    (policy, processor), (reference, _) = load_merged(Path(args.policy)), load_merged(Path(args.reference))
     if args.views == "base":
         processor = base_view_processor(processor)
     if args.data is not None:

@@ -39,18 +39,9 @@ from train_exam import Exam, StageScores
 from train_language import run_language
 from train_preparation import prepare
 from train_report import write_run_report
-from train_stages import (
-    IMAGE_CACHE_BYTES,
-    CheckpointFiles,
-    StageData,
-    announce,
-    data_of_file,
-    fit_stage,
-    merge_adapters,
-    num_parameters,
-    say,
-    stage_trainer,
-)
+from train_stages import CheckpointFiles, fit_stage, merge_adapters, stage_trainer
+from train_stream import IMAGE_CACHE_BYTES, StageData, data_of_file
+from train_terminal import announce, num_parameters, say
 from train_vision import fit_warmup, warmup_trainer
 from train_world import WORLD_STAGES, stage_data, world_tokenizer
 from trainer_lite import (
@@ -273,7 +264,8 @@ def _stage_data(recipe: str, config: StageRun) -> StageData:
     if config.data is None:
         if recipe not in WORLD_STAGES:
             raise BadInputError(f"{recipe}: expected --data FILE, got none; the embedded world is for small models")
-        return stage_data(recipe, config.stage.world_samples, config.stage.train.seed)
+        mixture = recipe if config.stage.own_errors is None else "own-errors"
+        return stage_data(mixture, config.stage.world_samples, config.stage.train.seed)
     return data_of_file(config.data)
 
 

@@ -8,7 +8,7 @@ between and behind them, on the same held-out questions (twice as many of presen
 each question: McNemar's exact test on right and wrong, and the 95 % interval of the difference in F1 of absent objects
 over 1,000 resamplings of the questions. Reward accuracy is that of held-out questions that the first model gets wrong.
 
-What is there is not done again: a study that was stopped goes on. Ten minutes on two cores, most of it questions.
+What is there is not done again: a study that was stopped goes on. Twenty minutes on one core, most of it questions.
 """
 
 import argparse
@@ -22,22 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
-from blip3_lite import Blip3, FeatureCache, LoadedModel, Processor, SamplingConfig
-from blip3_lite.opening import open_model
+from blip3_lite import Blip3, FeatureCache, Processor, SamplingConfig
 from eval_lite import Prediction, predict, write_predictions
 from eval_lite.tasks.world import FORBIDDEN, exam_items, forbidden_items, score
 from scene_world import SKILLS
 from train_exam import summarise
-from train_stages import merge_adapters
-from vlm_metrics import binary_f1, wilson_interval
+from train_reward_accuracy import load_merged
+from vlm_metrics import paired_bootstrap, wilson_interval
 
 STAGES = ("dpo", "safety")
 _HERE = Path(__file__).resolve().parent
 _SETTINGS = {
-    "dpo": ["--own-errors", "6000", "--world-samples", "6000", "--max-steps", "100"],
-    "safety": [],
+    # A beta of 1 keeps the model near what it was: at 0.1 each pair asks for ten nats more than it took to be right.
+    "dpo": ["--own-errors", "32000", "--world-samples", "32000", "--max-steps", "160", "--dpo.beta", "1"],
+    "safety": ["--max-steps", "240", "--world-samples", "7000"],
 }
 _EXAM_SEED, _TRAIN_SEED = 8, 21
 _QUESTIONS_AT_A_TIME = 500
@@ -56,16 +55,6 @@ def train(stage: str, start: Path, folder: Path) -> Path:
     return newest(folder)
 
 
-def load(path: Path) -> tuple[Blip3, Processor]:
-    """A checkpoint's model with its adapters merged."""
-    loaded = open_model(path, dtype=torch.float32)
-    if not isinstance(loaded, LoadedModel):
-        sys.exit(f"{path}: expected a whole model, got a language model alone; name a checkpoint of apps/train")
-    if loaded.config.lora is not None:
-        merge_adapters(loaded.model)
-    return loaded.model.eval().requires_grad_(False), loaded.processor
-
-
 def examine(checkpoint: Path, folder: Path, num_questions: int) -> list[Prediction]:
     """Ask all skills, one file a skill; those that are there are read."""
     found: list[Prediction] = []
@@ -76,7 +65,7 @@ def examine(checkpoint: Path, folder: Path, num_questions: int) -> list[Predicti
         if path.exists():
             found += [msgspec.json.decode(line, type=Prediction) for line in path.read_bytes().splitlines()]
             continue
-        model, processor = loaded = loaded or load(checkpoint)
+        model, processor = loaded = loaded or load_merged(checkpoint)
         items = forbidden_items(count, _EXAM_SEED) if skill == FORBIDDEN else exam_items(count, _EXAM_SEED, [skill])
         features = FeatureCache(model, 1 << 28)
         said: list[Prediction] = []
@@ -96,10 +85,14 @@ def examine(checkpoint: Path, folder: Path, num_questions: int) -> list[Predicti
     return found
 
 
-def absent_f1(predictions: Sequence[Prediction]) -> float:
-    """F1 of "no" on presence questions."""
-    said = [prediction.prediction.strip().lower() for prediction in predictions]
-    return binary_f1(said, [prediction.answer for prediction in predictions], positive="no").f1
+def _says_no(text: str) -> bool:
+    return text.strip().lower() == "no"
+
+
+def absent_f1(answers: Sequence[tuple[bool, bool]]) -> float:
+    """F1 of "no" on presence questions, each told as whether "no" was said, and whether it is right."""
+    found, said, there = (sum(column) for column in zip(*((s and r, s, r) for s, r in answers), strict=True))
+    return 2 * found / (said + there) if found else 0.0
 
 
 def mcnemar(num_gained: int, num_lost: int) -> float:
@@ -133,15 +126,17 @@ def compare(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[s
             "p": mcnemar(gained, lost),
             "n": len(pairs),
         }
-    presence = by_skill["presence"]
-    rng = random.Random(0)
-    drawn: list[float] = []
-    for _ in range(1000):
-        pairs = rng.choices(presence, k=len(presence))
-        drawn.append(absent_f1([other for _, other in pairs]) - absent_f1([one for one, _ in pairs]))
-    drawn.sort()
-    ends = absent_f1([one for one, _ in presence]), absent_f1([other for _, other in presence])
-    f1 = {"before": ends[0], "after": ends[1], "low_of_difference": drawn[25], "high_of_difference": drawn[974]}
+    ends = [
+        [(_says_no(pair[side].prediction), _says_no(pair[side].answer)) for pair in by_skill["presence"]]
+        for side in (0, 1)
+    ]
+    _, low, high = paired_bootstrap(ends[1], ends[0], random.Random(0), statistic=absent_f1)
+    f1 = {
+        "before": absent_f1(ends[0]),
+        "after": absent_f1(ends[1]),
+        "low_of_difference": low,
+        "high_of_difference": high,
+    }
     return {"absent_f1": f1, "skills": skills}
 
 

@@ -10,7 +10,7 @@ from interleave_data import ImagePart, PreferenceSample, Sample, SkipLimits, Tex
 from interleave_data.sources import AnySample
 from phi3_lite import HFTokenizer, train_tokenizer
 from scene_world import Conversation, Document, Picture, PictureKind, Preference, World
-from train_stages import StageData
+from train_stream import StageData
 
 NOTHING_MAY_BE_SKIPPED = SkipLimits(max_share=0.0, max_consecutive=1, min_seen=1)
 """Drawn pictures are never bad; a skip here is a fault of the program."""
@@ -116,6 +116,10 @@ class Drawers:
         """A better and a worse answer."""
         return preference_sample(self.world.preference(index), f"scene/{index}")
 
+    def presence(self, index: int) -> AnySample:
+        """Whether something is there, yes and no in equal parts."""
+        return conversation_sample(self.world.exam_item("presence", index), f"presence/{index}")
+
     def forbidden(self, index: int) -> AnySample:
         """A look-alike with an instruction to refuse."""
         return conversation_sample(self.world.forbidden(index), f"any-card/{2 * index}")
@@ -141,11 +145,14 @@ def stage_data(stage: str, count: int, seed: int, kinds: Sequence[PictureKind] =
             "questions": (drawers.questions, QUESTION_ROUNDS, 0.5),
         },
         "dpo": {"preferences": (drawers.preference, 1, 1.0)},
-        # As 2 k pictures of VLGuard, half of them safe with an unsafe instruction besides, and 5 k samples of SFT.
+        # Of `dpo` where the model is asked first: as often yes as no, or its errors would teach which comes more often.
+        "own-errors": {"presence": (drawers.presence, 1, 1.0)},
+        # As 2 k pictures of VLGuard, half of them safe with an unsafe instruction besides, and 5 k of both SFTs.
         "safety": {
             "cards": (drawers.card, 1, 2 / 8),
             "instructions": (drawers.forbidden, 1, 1 / 8),
-            "questions": (drawers.questions, QUESTION_ROUNDS, 5 / 8),
+            "questions": (drawers.questions, QUESTION_ROUNDS, 4 / 8),
+            "groups": (drawers.group, 1, 1 / 8),
         },
     }
     if stage not in mixtures:

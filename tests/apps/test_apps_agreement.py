@@ -17,7 +17,7 @@ from trainer_lite import Processes
 def test_data_files_that_differ_in_more_than_sources_make_other_orders(parse, setting: str) -> None:
     from interleave_data import SkipLimits
     from train_agreement import order_fingerprint
-    from train_stages import StageData
+    from train_stream import StageData
 
     stage = parse("sft").stage
     others = {"ratios": (1.0, 2.0), "epochs": (1.0, None), "skip_limits": SkipLimits(max_share=0.5)}
@@ -74,7 +74,7 @@ def test_a_run_compares_code_settings_data_order_weights_and_folder(train, monke
 
 
 def test_parameters_in_parts_count_as_wholes(parse) -> None:
-    from train_stages import num_parameters
+    from train_terminal import num_parameters
 
     # As DeepSpeed leaves one under ZeRO-3.
     part = nn.Parameter(torch.empty(0))

@@ -136,7 +136,7 @@ def test_a_stage_of_the_demo_can_train_the_tower(train, tmp_path: Path, toy_mode
 
 def test_features_are_not_kept_of_a_tower_that_moves(train, parse, tiny_model, tiny_processor) -> None:
     from blip3_lite import FeatureCache
-    from train_stages import make_stream
+    from train_stream import make_stream
     from train_world import stage_data
 
     tiny_model.requires_grad_(False)

@@ -28,11 +28,13 @@ def app(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
     import train_objectives
     import train_pairs
     import train_preparation
+    import train_run
     import train_stages
+    import train_stream
 
     class App:
-        answers, noise, objectives = train_answers, train_noise, train_objectives
-        pairs, preparation, stages = train_pairs, train_preparation, train_stages
+        answers, noise, objectives, run = train_answers, train_noise, train_objectives, train_run
+        pairs, preparation, stages, stream = train_pairs, train_preparation, train_stages, train_stream
 
     return App
 
@@ -211,9 +213,9 @@ def noised_stream(app, model, processor, samples, accumulation=2):
         max_samples=1,
         noise=0.9,
     )
-    data = app.stages.StageData([InMemory("toy", samples)])
+    data = app.stream.StageData([InMemory("toy", samples)])
     return app.noise.NoisedStream(
-        app.stages.make_stream(stage, data, processor, None),
+        app.stream.make_stream(stage, data, processor, None),
         model,
         processor,
         noise=0.9,
@@ -277,36 +279,49 @@ def test_noised_steps_go_on_where_they_were(app, tiny_model, tiny_processor) -> 
     assert resumed == whole
 
 
+def test_the_world_asks_as_often_about_what_is_there_as_about_what_is_not(app, parse) -> None:
+    stage = parse("dpo", "--own-errors", "6", "--world-samples", "6")
+    asked = app.run._stage_data("dpo", stage)
+    answers = [sample.turns[-1].parts[0].text for source in asked.sources for sample in source]
+    assert sorted(answers) == ["no"] * 3 + ["yes"] * 3
+
+
 def test_own_errors_become_pairs_and_are_read_again(app, tiny_model, tiny_processor, tmp_path, monkeypatch) -> None:
     talks = [
         Sample(str(n), "talk", (Turn("user", (picture(n), TextPart("which?"))), Turn("assistant", (TextPart(right),))))
         for n, right in enumerate(["Red  square", "blue", "green"])
     ]
-    data = app.stages.StageData(
+    data = app.stream.StageData(
         [InMemory("talk", talks), InMemory("toy", [preference(0), preference(1)])], ratios=[3.0, 1.0]
     )
     said = iter(["red square", "green", "", "green", "a blue square"])
 
-    def answer(model, processor, prompts, *rest, **settings):
+    draws = []
+
+    def answer(model, processor, prompts, sampling, *, generator, **settings):
+        assert sampling.temperature == 1.0
+        draws.append(torch.rand(1, generator=generator).item())
         return [next(said) for _ in prompts]
 
     monkeypatch.setattr("eval_lite.prediction.answer_batch", answer)
     path = tmp_path / "own_errors.jsonl"
-    made = app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, path, QuietProgress())
+    made = app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, path, QuietProgress(), seed=0)
     # Right but for case and space; wrong; nothing said. Then wrong, and right.
     found = [(s.id, s.source, s.chosen, s.rejected) for source in made.sources for s in source]
     assert found == [("1", "talk", "blue", "green"), ("0", "toy", "red", "green")]
+    seeded = torch.Generator().manual_seed(0)
+    assert draws == [torch.rand(1, generator=seeded).item() for _ in range(2)]
     assert made.ratios == [3.0, 1.0]
     assert made.sources[0][0].images()[0].key == "picture 1"
-    again = app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, path, QuietProgress())
+    again = app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, path, QuietProgress(), seed=0)
     assert again.fingerprint == made.fingerprint != data.fingerprint
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[1])
-    fewer = app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, path, QuietProgress())
+    fewer = app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, path, QuietProgress(), seed=0)
     assert [source.name for source in fewer.sources] == ["toy"]
     assert fewer.ratios == [1.0]
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="own_errors: expected a wrong answer"):
-        app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, path, QuietProgress())
+        app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, path, QuietProgress(), seed=0)
 
 
 def test_reference_of_all_answers_makes_adapters_needless(app, tiny_model, tiny_processor, tmp_path) -> None:
@@ -315,11 +330,11 @@ def test_reference_of_all_answers_makes_adapters_needless(app, tiny_model, tiny_
 
     stage = StageConfig(train=TrainConfig(max_steps=1), objective="preference", max_samples=2)
     assert stage.has_kept_reference
-    data = app.stages.StageData([InMemory("toy", [preference(number) for number in range(4)])])
+    data = app.stream.StageData([InMemory("toy", [preference(number) for number in range(4)])])
     path = tmp_path / "reference.json"
     cache = app.stages.kept_reference(tiny_model, stage, data, tiny_processor, None, path)
     assert len(cache) == 8
-    batch = next(iter(app.stages.make_stream(stage, data, tiny_processor, None)))
+    batch = next(iter(app.stream.make_stream(stage, data, tiny_processor, None)))
     with torch.no_grad():
         live = app.objectives.answer_log_probs(tiny_model, batch.pack)
     torch.testing.assert_close(cache.get(batch.digests), live, atol=1e-5, rtol=0)
@@ -331,7 +346,7 @@ def test_reference_of_all_answers_makes_adapters_needless(app, tiny_model, tiny_
     assert cache.get(batch.digests).allclose(live, atol=1e-5)
     again = app.stages.kept_reference(tiny_model, stage, data, tiny_processor, None, path)
     assert again.get(batch.digests).equal(cache.get(batch.digests))
-    other = app.stages.StageData([InMemory("other", [preference(0)])])
+    other = app.stream.StageData([InMemory("other", [preference(0)])])
     with pytest.raises(ReferenceCacheError, match="fingerprint"):
         app.stages.kept_reference(tiny_model, stage, other, tiny_processor, None, path)
 

@@ -243,7 +243,7 @@ def test_adapters_are_switched_by_a_flag(train, parse, tmp_path: Path, toy_flags
 
 
 def test_packs_of_many_samples_are_a_matter_of_one_flag(train, parse, tiny_processor) -> None:
-    from train_stages import StageData, make_stream
+    from train_stream import StageData, make_stream
 
     turns = (Turn(role="document", parts=(TextPart("red"),)),)
     samples = [Sample(id=str(index), source="mine", turns=turns) for index in range(7)]

@@ -83,12 +83,12 @@ def test_the_same_command_after_each_kill_ends_as_if_there_had_been_none(
 @pytest.mark.parametrize("is_forgetful", [False, True])
 def test_the_embedded_world_goes_on_where_it_was(train, parse, monkeypatch, tiny_processor, is_forgetful: bool) -> None:
     """(T2, T8): packs of two sources with their pictures; the control forgets what waits to be packed."""
-    import train_stages
+    import train_stream
     from interleave_data import Packer
-    from train_stages import make_stream
+    from train_stream import make_stream
     from train_world import stage_data
 
-    monkeypatch.setattr(train_stages, "_LOOK_AHEAD", 6)
+    monkeypatch.setattr(train_stream, "_LOOK_AHEAD", 6)
     stage = parse("interleaved", "--max-tokens", "1024").stage
     data = stage_data("interleaved", 4, seed=1)
 

@@ -11,6 +11,7 @@ from fused_kernels import (
     gelu_tanh,
     int4_matmul,
     int8_matmul,
+    joint_attention,
     linear_cross_entropy,
     linear_log_probs,
     normalised_patches,
@@ -105,10 +106,11 @@ def test_packed_attention_with_a_window_and_both_ways(check_kernel, is_causal, w
 
 def test_vision_and_latent_attention_of_the_released_sizes(check_kernel):
     on_both(check_kernel, attention, *(new(2, 729, 3, 72) for _ in range(3)))
-    mask = torch.rand(2, 857) < 0.7
-    args = new(2, 128, 2, 96), new(2, 857, 2, 96), new(2, 857, 2, 96)
+    mask = torch.rand(2, 729) < 0.7
+    sets = [new(2, 128, 2, 96), new(2, 729, 2, 96), new(2, 729, 2, 96), new(2, 128, 2, 96), new(2, 128, 2, 96)]
 
-    def run(q, k, v, mask):
-        return attention(q, k, v, mask=mask, backend="auto" if q.dtype == BF16 else "reference")
+    def run(q, k, v, more_k, more_v, mask):
+        backend = "auto" if q.dtype == BF16 else "reference"
+        return joint_attention(q, k, v, more_k, more_v, mask=mask, backend=backend)
 
-    check_kernel(run, run, BF16, *args, mask)
+    check_kernel(run, run, BF16, *sets, mask)

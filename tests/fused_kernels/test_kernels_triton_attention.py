@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from fused_kernels import attention, packed_attention, plan_packing
+from fused_kernels import attention, joint_attention, packed_attention, plan_packing
 
 # No token, one, primes, an empty document, one past a tile of 16, and a document of several tiles.
 PACKS = [(0,), (1,), (0, 7, 0), (17, 3, 0, 13), (41,)]
@@ -116,3 +116,40 @@ def test_dense_kernel_gives_zeros_to_queries_that_see_no_key(kernel_device):
     out = kernel(q, k, v, torch.zeros(1, 3, dtype=torch.bool, device=kernel_device), None)
     for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))):
         assert torch.equal(x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize(("t", "s", "r"), [(1, 1, 1), (5, 17, 5), (19, 0, 3), (3, 33, 0)])
+def test_joint_kernel_is_the_reference(small_tiles, check_kernel, kernel_dtype, t, s, r, has_mask):
+    from fused_kernels.dense_triton import joint_attention as kernel
+
+    mask = torch.rand(2, s) < 0.5 if has_mask else None
+    check_kernel(
+        lambda *args: kernel(*args, None),
+        lambda q, k, v, more_k, more_v, mask: joint_attention(
+            q, k, v, more_k, more_v, mask=mask, backend="reference"
+        ),
+        kernel_dtype,
+        new(2, t, 2, 24), new(2, s, 2, 24), new(2, s, 2, 24), new(2, r, 2, 24), new(2, r, 2, 24), mask,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
+def test_joint_kernel_of_every_head_width(small_tiles, check_kernel, kernel_dtype, head_dim):
+    from fused_kernels.dense_triton import joint_attention as kernel
+
+    check_kernel(
+        lambda *args: kernel(*args, None, None),
+        lambda *args: joint_attention(*args, backend="reference"),
+        kernel_dtype,
+        *(new(1, length, 1, head_dim) for length in (3, 17, 17, 3, 3)),
+    )
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_joint_attention_is_attention_to_joined_keys(backend):
+    q, k, v, more_k, more_v = (torch.randn(2, n, 3, 8) for n in (4, 5, 5, 2, 2))
+    mask = torch.rand(2, 5) < 0.5
+    joined = torch.cat((k, more_k), dim=1), torch.cat((v, more_v), dim=1)
+    expected = attention(q, *joined, mask=torch.cat((mask, torch.ones(2, 2, dtype=torch.bool)), dim=1))
+    torch.testing.assert_close(joint_attention(q, k, v, more_k, more_v, mask=mask, backend=backend), expected)

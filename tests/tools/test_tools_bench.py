@@ -8,7 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 
+from anyres_tiler import TilingConfig, tile_image
 from phi3_lite import Phi3Config
 
 TINY = Phi3Config(vocab_size=64, width=32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_width=48)
@@ -159,15 +161,47 @@ def test_a_suite_that_is_not_there_is_named(tool, monkeypatch, capsys) -> None:
     assert "got speed; choose from these" in capsys.readouterr().err
 
 
+def _same_tiles(tool, ours: torch.Tensor, theirs: torch.Tensor, *steps: torch.Tensor) -> str:
+    # steps: with columns first, and with rows first where that differs
+    return tool("bench_pictures").same_tiles(
+        [b""], lambda _: ours, lambda _: theirs / 127.5 - 1, lambda _, rows_first: steps[-1 if rows_first else 0]
+    )
+
+
 def test_tiles_that_differ_are_red(tool) -> None:
-    pictures, pairs = tool("bench_pictures"), tool("bench_pairs")
-    own = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
-    same = own.float() / 127.5 - 1
-    assert pictures.same_tiles([b""], lambda _: own, lambda _: same, 1e-4) == "0e+00 of values beyond 1/255"
-    with pytest.raises(pairs.GateError, match="at most 1e-04"):
-        pictures.same_tiles([b""], lambda _: own, lambda _: same + 0.1, 1e-4)
-    with pytest.raises(pairs.GateError, match="expected \\(2, 3, 4, 4\\)"):
-        pictures.same_tiles([b""], lambda _: own, lambda _: same.expand(2, -1, -1, -1), 1e-4)
+    red = tool("bench_pairs").GateError
+    steps = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    off_by_one = steps + 1
+    assert _same_tiles(tool, steps, off_by_one.float(), steps).endswith("but for 0e+00 of a picture's values")
+    with pytest.raises(red, match=r"theirs: expected at most 1e-05 .* got 1\.0e"):
+        _same_tiles(tool, steps, steps + 2.0, steps)
+    with pytest.raises(red, match="ours: expected at most 1e-05"):
+        _same_tiles(tool, steps + 2, steps.float(), steps)
+    with pytest.raises(red, match="expected tiles \\(2, 3, 4, 4\\), got \\(1, 3, 4, 4\\)"):
+        _same_tiles(tool, steps, steps[:1].float(), steps)
+
+
+def test_a_peer_may_resize_rows_first_but_not_we(tool) -> None:
+    columns_first = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    rows_first = columns_first + 9
+    mixed = torch.stack([columns_first[0], rows_first[1]])
+    _same_tiles(tool, columns_first, mixed.float(), columns_first, rows_first)
+    with pytest.raises(tool("bench_pairs").GateError, match="ours"):
+        _same_tiles(tool, rows_first, mixed.float(), columns_first, rows_first)
+
+
+def test_steps_one_by_one_lie_where_ours_do(tool) -> None:
+    # 9 × 31 onto 8 × 24: fitted to 7 × 24, a column of black at the right
+    noise = torch.randint(0, 256, (31, 9, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = Image.fromarray(noise.numpy())
+    cfg = TilingConfig(tile_px=8)
+    pinpoints = [[8 * rows, 8 * columns] for columns, rows in cfg.grids]
+    pictures = tool("bench_pictures")
+    steps = [pictures.stepwise_tiles(image, pinpoints, rows_first=rows_first) for rows_first in (False, True)]
+    own = tile_image(image, cfg).pixels
+    assert int((own.int() - steps[0].int()).abs().max()) <= 1
+    assert int((own.int() - steps[1].int()).abs().max()) > 1
+    assert not steps[0][1:, :, :, -1].any()
 
 
 def test_plot_has_every_point_in_order_of_growth(tool, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import torch
 
 from blip3_lite import Blip3, Collate, EncodedSample, Processor, SamplingConfig, answer_batch, collate
 from interleave_data import Sample, SkipSample
@@ -82,9 +83,10 @@ def predict(
     sampling: SamplingConfig | None = None,
     batch_size: int = 64,
     collate_prompts: Collate = collate,
+    generator: torch.Generator | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> list[Prediction]:
-    """Answer and score all items, in their order; greedy unless `sampling` says otherwise.
+    """Answer and score all items, in their order; greedy unless `sampling` says otherwise, and then by `generator`.
 
     `prompts`: what `encode_prompts` gave for the same items; a SkipSample stands for one that could not be encoded. An
     item without a prompt counts as wrong and carries the reason, so that no score rises because a picture is broken.
@@ -110,6 +112,7 @@ def predict(
                 askable,
                 sampling or SamplingConfig(max_new_tokens=32),
                 batch_size=batch_size,
+                generator=generator,
                 collate_prompts=collate_prompts,
                 on_progress=on_progress,
             )

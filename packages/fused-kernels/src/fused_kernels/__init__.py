@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from .activations import gelu_tanh as gelu_tanh
     from .activations import swiglu as swiglu
     from .dense import attention as attention
+    from .dense import joint_attention as joint_attention
     from .dispatch import BackendError as BackendError
     from .dispatch import BackendRow as BackendRow
     from .int_matmul import int4_matmul as int4_matmul
@@ -49,6 +50,7 @@ __all__ = [
     "int4_block",
     "int4_matmul",
     "int8_matmul",
+    "joint_attention",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -81,6 +83,7 @@ _HOMES = {
     "int4_block": "integers",
     "int4_matmul": "int_matmul",
     "int8_matmul": "int_matmul",
+    "joint_attention": "dense",
     "layer_norm": "norms",
     "linear": "linear_product",
     "linear_cross_entropy": "linear_loss",

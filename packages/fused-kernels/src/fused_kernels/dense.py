@@ -84,6 +84,16 @@ def _attention_triton(
     return attention(q, k, v, mask, scale)
 
 
+def _refuse_heads(q: Tensor, *others: Tensor) -> str | None:
+    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"it holds heads of up to {MAX_TRITON_HEAD_DIM} channels, got {q.shape[-1]}"
+    if any(x.dtype != q.dtype for x in others):
+        return f"queries, keys and values must be of one dtype, got {[str(x.dtype) for x in (q, *others)]}"
+    if q.shape[1] < _FEWEST_TRITON_QUERIES:
+        return f"it is for {_FEWEST_TRITON_QUERIES} queries or more, got {q.shape[1]}"
+    return None
+
+
 def _refuse_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> str | None:
@@ -92,13 +102,7 @@ def _refuse_attention(
         return "it is bidirectional"
     if mask is not None and mask.ndim != 2:
         return "its mask is over keys, not over pairs"
-    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
-        return f"it holds heads of up to {MAX_TRITON_HEAD_DIM} channels, got {q.shape[-1]}"
-    if not q.dtype == k.dtype == v.dtype:
-        return f"queries, keys and values must be of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
-    if q.shape[1] < _FEWEST_TRITON_QUERIES:
-        return f"it is for {_FEWEST_TRITON_QUERIES} queries or more, got {q.shape[1]}"
-    return None
+    return _refuse_heads(q, k, v)
 
 
 ATTENTION = Op(
@@ -106,6 +110,55 @@ ATTENTION = Op(
     Backend("triton", _attention_triton, "Triton, bidirectional", on_cuda_in_half_precision, _refuse_attention),
     Backend("sdpa", _attention_sdpa, "PyTorch's scaled_dot_product_attention"),
     Backend("reference", _attention_reference, "plain PyTorch"),
+)
+
+
+def _joined(
+    more: tuple[Tensor, Tensor], k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    more_k, more_v = more
+    if mask is not None:
+        mask = torch.cat((mask, mask.new_ones(more_k.shape[:2])), dim=1)
+    return torch.cat((k, more_k), dim=1), torch.cat((v, more_v), dim=1), mask
+
+
+def _joint_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, more: tuple[Tensor, Tensor], mask: Tensor | None, scale: float | None
+) -> Tensor:
+    k, v, mask = _joined(more, k, v, mask)
+    return _attention_reference(q, k, v, mask, False, scale)
+
+
+def _joint_attention_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, more: tuple[Tensor, Tensor], mask: Tensor | None, scale: float | None
+) -> Tensor:
+    k, v, mask = _joined(more, k, v, mask)
+    return _attention_sdpa(q, k, v, mask, False, scale)
+
+
+def _joint_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, more: tuple[Tensor, Tensor], mask: Tensor | None, scale: float | None
+) -> Tensor:
+    from .dense_triton import joint_attention
+
+    return joint_attention(q, k, v, *more, mask, scale)
+
+
+def _refuse_joint_attention(q: Tensor, k: Tensor, v: Tensor, more: tuple[Tensor, Tensor], *_: object) -> str | None:
+    return _refuse_heads(q, k, v, *more)
+
+
+JOINT_ATTENTION = Op(
+    "joint_attention",
+    Backend(
+        "triton",
+        _joint_attention_triton,
+        "Triton, one set of keys after the other",
+        on_cuda_in_half_precision,
+        _refuse_joint_attention,
+    ),
+    Backend("sdpa", _joint_attention_sdpa, "keys joined, PyTorch's scaled_dot_product_attention"),
+    Backend("reference", _joint_attention_reference, "keys joined, plain PyTorch"),
 )
 
 
@@ -149,3 +202,27 @@ def attention(
             "the queries are the last positions of the keys"
         )
     return ATTENTION.run(backend, q.device, q.dtype, q, k, v, mask, is_causal, scale)
+
+
+def joint_attention(
+    q: Float[Tensor, "b t h k"],
+    k: Float[Tensor, "b s g k"],
+    v: Float[Tensor, "b s g k"],
+    more_k: Float[Tensor, "b r g k"],
+    more_v: Float[Tensor, "b r g k"],
+    *,
+    mask: Bool[Tensor, "b s"] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "b t h k"]:
+    """Attend to two sets of keys as if they were one: softmax(q [k ; more_k]ᵀ · scale) [v ; more_v], for each head.
+
+    mask: over the first set, True = attend; the second is seen whole. scale: 1/√k if None. A resampler's latents read
+    features and themselves so (Flamingo, arXiv:2204.14198 §2.1), without a copy of both.
+
+    Raises:
+        ValueError: if g does not divide h.
+        BackendError: if `backend` is unknown or cannot run.
+    """
+    check_groups("joint_attention", q.shape[2], k.shape[2])
+    return JOINT_ATTENTION.run(backend, q.device, q.dtype, q, k, v, (more_k, more_v), mask, scale)

@@ -15,6 +15,7 @@ _OPS = (
     activations.SWIGLU,
     activations.GELU_TANH,
     dense.ATTENTION,
+    dense.JOINT_ATTENTION,
     packed.PACKED_ATTENTION,
     linear_loss.LINEAR_CROSS_ENTROPY,
     linear_loss.LINEAR_LOG_PROBS,

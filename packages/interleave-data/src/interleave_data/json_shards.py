@@ -17,7 +17,8 @@ import numpy as np
 
 from .errors import ShardError, SkipReason, SkipSample
 from .index_file import ShardIndex
-from .samples import ImagePart, SliceBytes
+from .records import RecordWithoutMembers
+from .samples import SliceBytes
 
 if TYPE_CHECKING:
     from .remote import RemoteObject, RemoteSlice
@@ -95,10 +96,9 @@ class JsonShard:
 
 
 @dataclass(frozen=True)
-class JsonRecord:
+class JsonRecord(RecordWithoutMembers):
     """One JSON value."""
 
-    where: str
     span: "SliceBytes | RemoteSlice"
 
     def decode(self, fields: type[Fields]) -> Fields:
@@ -116,28 +116,6 @@ class JsonRecord:
             raise SkipSample(SkipReason.BAD_RECORD, str(error), self.where) from error
         except OSError as error:
             raise SkipSample(SkipReason.UNREADABLE_FILE, str(error), self.where) from error
-
-    def text(self, suffix: str) -> str:
-        """Refuse: a JSON record has no members.
-
-        Raises:
-            SkipSample: always.
-        """
-        raise SkipSample(SkipReason.MISSING_MEMBER, f"expected a .{suffix} member, got a JSON record", self.where)
-
-    def picture(self) -> None:
-        """A JSON record has no picture in it."""
-
-    def pictures(self) -> list[ImagePart]:
-        """A JSON record has no pictures in it."""
-        return []
-
-    def member(self, name: str) -> None:
-        """A JSON record has no members."""
-
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """Not known: the pictures are files of their own."""
-        return []
 
 
 def _first_content(data: mmap.mmap, start: int) -> int:

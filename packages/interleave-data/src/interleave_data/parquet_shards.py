@@ -23,7 +23,7 @@ import numpy as np
 
 from .errors import ShardError, SkipReason, SkipSample
 from .index_file import ShardIndex
-from .samples import ImagePart
+from .records import RecordWithoutMembers
 
 if TYPE_CHECKING:
     from .remote import RemoteObject
@@ -281,10 +281,9 @@ class ParquetShard:
 
 
 @dataclass(frozen=True)
-class ParquetRecord:
+class ParquetRecord(RecordWithoutMembers):
     """One row."""
 
-    where: str
     shard: ParquetShard
     row: int
 
@@ -304,25 +303,3 @@ class ParquetRecord:
         except SkipSample as skip:
             skip.where = self.where
             raise
-
-    def text(self, suffix: str) -> str:
-        """Refuse: a row has no members.
-
-        Raises:
-            SkipSample: always.
-        """
-        raise SkipSample(SkipReason.MISSING_MEMBER, f"expected a .{suffix} member, got a row", self.where)
-
-    def picture(self) -> None:
-        """The pictures of a row are among its fields."""
-
-    def pictures(self) -> list[ImagePart]:
-        """The pictures of a row are among its fields."""
-        return []
-
-    def member(self, name: str) -> None:
-        """A row has no members."""
-
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """Not known: which of the fields are pictures, only the format knows."""
-        return []

@@ -56,6 +56,35 @@ class Record(Protocol):
 
 
 @dataclass(frozen=True)
+class RecordWithoutMembers:
+    """A JSON value or a row: what pictures it has are among its fields, which only the format knows."""
+
+    where: str
+
+    def text(self, suffix: str) -> str:
+        """Refuse: there are no members.
+
+        Raises:
+            SkipSample: always.
+        """
+        raise SkipSample(SkipReason.MISSING_MEMBER, f"expected a .{suffix} member, got a record of fields", self.where)
+
+    def picture(self) -> None:
+        """None in the record itself."""
+
+    def pictures(self) -> list[ImagePart]:
+        """None in the record itself."""
+        return []
+
+    def member(self, name: str) -> None:
+        """There are no members."""
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Of no pictures."""
+        return []
+
+
+@dataclass(frozen=True)
 class PreferenceBody:
     """A prompt and two answers to it, the first of which is preferred."""
 

@@ -161,7 +161,7 @@ class World:
         """
         if skill not in SKILLS:
             raise ValueError(f"skill: expected one of {', '.join(SKILLS)}, got {skill!r}; see scene_world.SKILLS")
-        return [self._exam_item(skill, index) for index in range(count)]
+        return [self.exam_item(skill, index) for index in range(count)]
 
     def texts(self, count: int) -> Iterator[str]:
         """Yield all text of ``count`` rounds of every kind of sample, to train a tokenizer on."""
@@ -173,7 +173,8 @@ class World:
                 for question in talk.questions:
                     yield f"{question.text} {question.answer}"
 
-    def _exam_item(self, skill: str, index: int) -> Conversation:
+    def exam_item(self, skill: str, index: int) -> Conversation:
+        """Return one of ``exam``; of the training split one that no exam on held-out pictures asks."""
         if skill == "private":
             return self.safety(index)
         if skill in ("compare", "find"):
