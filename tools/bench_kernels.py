@@ -12,6 +12,7 @@ from fused_kernels import (
     gelu_tanh,
     layer_norm,
     linear_cross_entropy,
+    linear_log_prob_pairs,
     linear_log_probs,
     packed_attention,
     plan_packing,
@@ -205,10 +206,28 @@ def log_probs_pairs() -> Iterator[Pair]:
         )
 
 
+def two_sides_pair() -> Pair:
+    """A policy and its reference, which share a frozen head: their target rows together, or side after side."""
+    (hidden, weight), labels = head_inputs(80, 0.5, (80, 384, 32_064))
+    weight, reference = weight.detach(), leaf(80, 384, seed=1).detach()
+
+    def one_by_one(hidden: Tensor) -> Tensor:
+        return torch.stack([linear_log_probs(x, weight, labels) for x in (hidden, reference)])
+
+    return operation_pair(
+        "linear_log_prob_pairs 80 × 384 → 32,064 fp32, 50 % targets",
+        "two calls of linear_log_probs",
+        lambda hidden: torch.stack(linear_log_prob_pairs(hidden, reference, weight, labels)),
+        one_by_one,
+        [hidden],
+    )
+
+
 def pairs() -> Iterator[Pair]:
     """All operations."""
     yield from pointwise_pairs()
     yield attention_pair()
     yield from log_probs_pairs()
+    yield two_sides_pair()
     yield head_pair(0.1)
     yield head_pair(1.0)

@@ -116,7 +116,7 @@ def loss() -> None:
 
     x, head, bias, labels = meta(512, 3072), meta(32064, 3072), meta(32064), meta(512, dtype=torch.int64)
     backward(SumOfNegativeLogProbs.apply(x, head, bias, labels, None, True))
-    backward(LogProbs.apply(x, head, bias, labels, None))
+    backward(LogProbs.apply(x, head, bias, labels, None, None))
 
 
 def integers() -> None:
