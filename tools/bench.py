@@ -29,6 +29,7 @@ SUITES = {
     "prefill": ("bench_decode", "prefill_pairs"),
     "data": ("bench_pictures", "pairs"),
     "memory": ("bench_step", "footprints"),
+    "dpo": ("bench_dpo", "rows"),
     "scaling": ("bench_scaling", "points"),
 }
 """Name → module and function that gives what is to be measured."""

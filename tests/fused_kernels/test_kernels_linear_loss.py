@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -135,6 +136,33 @@ def test_bf16_is_near_fp64_and_gives_fp32(function):
         assert (got.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt() <= 1e-2
 
 
+# Blocks of one column; of 12, the last one of 5; of 25, with all logits kept.
+@pytest.mark.parametrize("chunk_rows", [1, 32, 64])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bf16_by_blocks_of_the_vocabulary_is_near_fp64(chunk_rows, has_bias, has_units, monkeypatch):
+    from fused_kernels import linear_loss
+
+    # as on a CPU that multiplies bf16 itself, and on one that does not
+    monkeypatch.setattr(linear_loss, "is_multiplied_by_fp32", lambda x: not has_units)
+    hidden, weight, labels, bias = problem(64, 32, 101, torch.bfloat16, ignored=0.0)
+    leaves = [hidden, weight, *([bias] if has_bias else [])]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    low = linear_cross_entropy(leaves[0], leaves[1], labels, *leaves[2:], chunk_rows=chunk_rows)
+    high = linear_cross_entropy(wide[0], wide[1], labels, *wide[2:], backend="reference")
+    torch.testing.assert_close(low.double(), high, rtol=2e-3, atol=0)
+    for got, expected in zip(torch.autograd.grad(low, leaves), torch.autograd.grad(high, wide), strict=True):
+        assert (got.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt() <= 1e-2
+
+
+def test_bf16_keeps_no_second_head():
+    hidden, weight, labels, bias = problem(61, 32, 4099, torch.bfloat16, ignored=0.0)
+    with LargestTensor() as seen:
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, bias, chunk_rows=2), (hidden, weight, bias))
+    # the gradient itself, which is returned, and nothing else of its size
+    assert (seen.numel, seen.count) == (4099 * 32, 1)
+
+
 def test_sums_over_chunks_are_in_fp32():
     # 512 equal parts added one by one in bf16 would stop growing at 256 of them.
     hidden = torch.ones(512, 1, dtype=torch.bfloat16)
@@ -197,18 +225,27 @@ def test_chunk_of_no_rows_is_refused(function, chunk_rows, backend):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest floating tensor that any operation gives."""
+    """Records the elements of the largest floating tensor that any operation gives, and how many such lived at once."""
 
     def __init__(self):
         super().__init__()
         self.numel = 0
+        self.storages: dict[int, StorageWeakRef] = {}
+        self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-                self.numel = max(self.numel, leaf.numel())
+                self.note(leaf)
         return out
+
+    def note(self, tensor):
+        if tensor.numel() > self.numel:
+            self.numel, self.storages, self.count = tensor.numel(), {}, 0
+        if tensor.numel() == self.numel:
+            self.storages[tensor.untyped_storage().data_ptr()] = StorageWeakRef(tensor.untyped_storage())
+            self.count = max(self.count, sum(not storage.expired() for storage in self.storages.values()))
 
 
 def largest(function, *args, **kwargs):
@@ -225,6 +262,14 @@ def test_logits_are_held_a_chunk_at_a_time(function):
     assert largest(function, hidden, weight, labels, bias, backend="reference") == t * v
     assert largest(function, hidden, weight, labels, bias, chunk_rows=chunk_rows) == chunk_rows * v
     assert largest(function, hidden, weight, labels, bias, chunk_rows=10**6) == num_targets * v
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_log_probs])
+def test_a_chunk_is_gone_before_the_next(function):
+    hidden, weight, labels, bias = problem(97, 2, 512, torch.float32, ignored=0.5)
+    with LargestTensor() as seen:
+        function(hidden, weight, labels, bias, chunk_rows=3).sum().backward()
+    assert (seen.numel, seen.count) == (3 * 512, 1)
 
 
 def test_default_chunk_bounds_the_logits(monkeypatch):
