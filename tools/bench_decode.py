@@ -1,17 +1,21 @@
 """Suites `decode` and `prefill`: tokens a second behind a prompt, and the time to the first of them."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from msgspec.structs import replace
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench_models import demo_joined, random_lm, small_lm, their_lm, their_tower
-from bench_pairs import Floors, GateError, Pair, agree, clocked
+from bench_pairs import FloorGauge, Floors, GateError, Pair, agree, clocked
 from blip3_lite import Blip3, ChatMemory, EncodedSample, generate_steps
-from phi3_lite import Phi3, Phi3Config, SamplingConfig, collect, generate
+from fused_kernels import linear
+from phi3_lite import Phi3, Phi3Config, SamplingConfig, collect, generate, lay_out_for_decoding
 from siglip_lite import SiglipVision, so400m_patch14_384
 
 _PROMPT, _NEW = 64, 128
@@ -63,10 +67,60 @@ def same_decoding(model: Phi3, theirs: torch.nn.Module, prompts: Sequence[Tensor
         return agree("logits", own, theirs(input_ids=prompts[0][None]).logits[0], 2e-2)
 
 
+def products_alone(model: Phi3) -> str:
+    """How near a step's products come to the bandwidth of a copy, with nothing between them: the most a step can."""
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed_tokens" not in name]
+    rows = {width: torch.randn(1, width).to(matrices[0].dtype) for width in {weight.shape[1] for weight in matrices}}
+
+    @torch.inference_mode()
+    def run() -> None:
+        for weight in matrices:
+            linear(rows[weight.shape[1]], weight)
+
+    gauge = FloorGauge()
+    read = sum(weight.nbytes for weight in matrices)
+    shares = [read / gauge.measure().copy_bytes_per_s / clocked(run)() for _ in range(9)]
+    return f"its products alone reach {statistics.median(shares):.0%}"
+
+
+class OperationCount(TorchDispatchMode):
+    """Counts what reaches PyTorch's kernels and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count it, and run it."""
+        self.found += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_alone(model: Phi3, prompts: Sequence[Tensor]) -> str:
+    """How many operations a step is, and what as many of the smallest would take."""
+    counts: list[int] = []
+    for num_new in (4, 5):
+        with OperationCount() as count:
+            our_answers(model, prompts, num_new)
+        counts.append(count.found)
+    num_calls = counts[1] - counts[0]
+    one = torch.ones(1)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(num_calls):
+            torch.add(one, one)
+
+    least_s = statistics.median(clocked(run)() for _ in range(9))
+    return f"{num_calls} operations a token, as many additions of 1 + 1 take {1e3 * least_s:.2f} ms"
+
+
 def decode_pair(name: str, cfg: Phi3Config, dtype: torch.dtype, lengths: Sequence[int], num_new: int) -> Pair:
     """Answers of a fixed length to random prompts."""
     model = random_lm(cfg, dtype).eval().requires_grad_(False)
     theirs = their_lm(model).eval()
+    # as a chat does with a model that it has loaded
+    lay_out_for_decoding(model)
     # a stop token would end the peer early; it is held off by min_new_tokens, which must not hide a likely token
     theirs.generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(4)
@@ -77,6 +131,11 @@ def decode_pair(name: str, cfg: Phi3Config, dtype: torch.dtype, lengths: Sequenc
     def least_s(floors: Floors) -> float:
         return read / floors.copy_bytes_per_s
 
+    def check() -> str:
+        gate = same_decoding(model, theirs, prompts, num_new)
+        floors = [products_alone(model)] if is_bound_by_memory else []
+        return "; ".join([gate, *floors, calls_alone(model, prompts)])
+
     return Pair(
         suite="decode",
         name=name,
@@ -85,7 +144,7 @@ def decode_pair(name: str, cfg: Phi3Config, dtype: torch.dtype, lengths: Sequenc
         amount=num_new * len(lengths),
         ours=clocked(partial(our_answers, model, prompts, num_new)),
         theirs=clocked(partial(their_answers, theirs, prompts, num_new)),
-        check=partial(same_decoding, model, theirs, prompts, num_new),
+        check=check,
         least_s=least_s if is_bound_by_memory else None,
     )
 
@@ -96,7 +155,9 @@ def decode_pairs() -> Iterator[Pair]:
     yield decode_pair("LM decode fp32, 64 in, 128 out", small, torch.float32, [_PROMPT], _NEW)
     yield decode_pair("LM decode bf16, 64 in, 128 out", small, torch.bfloat16, [_PROMPT], _NEW)
     yield decode_pair("demo-size decode fp32, 64 in, 128 out", demo, torch.float32, [_PROMPT], _NEW)
+    yield decode_pair("demo-size decode bf16, 64 in, 128 out", demo, torch.bfloat16, [_PROMPT], _NEW)
     yield decode_pair("LM decode fp32, 8 ragged prompts of 12 to 64, 32 out", small, torch.float32, _RAGGED, 32)
+    yield decode_pair("LM decode bf16, 8 ragged prompts of 12 to 64, 32 out", small, torch.bfloat16, _RAGGED, 32)
 
 
 _ANSWER = SamplingConfig(max_new_tokens=30)
@@ -139,7 +200,7 @@ def first_token_of_second_turn(model: Blip3, first: EncodedSample, second: Encod
 
 
 def same_second_turn(model: Blip3, first: EncodedSample, second: EncodedSample) -> str:
-    """Check that the answer is that of the whole prompt.
+    """Check that the answer is that of the whole prompt; say what either first token's time is made of.
 
     Raises:
         GateError: it differs.
@@ -150,7 +211,33 @@ def same_second_turn(model: Blip3, first: EncodedSample, second: EncodedSample) 
     whole = collect(generate_steps(model, [second], sampling, ()))
     if found != whole:
         raise GateError(f"tokens: expected {whole[0]}, got {found[0]}")
-    return "tokens equal"
+    again = ChatMemory(model)
+    collect(again.generate_steps(first, _ANSWER, ()))
+    ours = spent(model, lambda: collect(again.generate_steps(second, _ONE, ())))
+    theirs = spent(model, lambda: collect(generate_steps(model, [second], _ONE, ())))
+    return f"tokens equal; ours: {ours}; theirs: {theirs}"
+
+
+def spent(model: Blip3, work: Callable[[], object]) -> str:
+    """The milliseconds that work takes, and those of them within the parts of the model."""
+    lm = model.lang_model
+    places = [(model.vision_encoder, "forward"), (model.vision_tokenizer, "forward"), (lm, "prefill"), (lm, "logits")]
+    seconds = [0.0] * len(places)
+
+    def watched(place: int, run: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        start = time.perf_counter()
+        out = run(*args, **kwargs)
+        seconds[place] += time.perf_counter() - start
+        return out
+
+    for place, (module, name) in enumerate(places):
+        setattr(module, name, partial(watched, place, getattr(module, name)))
+    total = clocked(work)()
+    for module, name in places:
+        delattr(module, name)
+    names = ("tower", "connector", "prefill", "head")
+    within = [f"{name} {1e3 * part_s:.1f}" for name, part_s in zip(names, seconds, strict=True) if part_s]
+    return f"{', '.join(within)} of {1e3 * total:.1f} ms"
 
 
 def chat_pair(name: str, model: Blip3, num_tiles: int) -> Pair:
@@ -221,7 +308,10 @@ def prompt_pair(name: str, cfg: Phi3Config, length: int) -> Pair:
 
 def prefill_pairs() -> Iterator[Pair]:
     """Prompts, second turns, and tiles through the published tower."""
-    demo = Blip3(demo_joined(), generator=torch.Generator().manual_seed(0)).eval().requires_grad_(False)
+    cfg = demo_joined()
+    # nobody else's tower is compared here: the demo's own stem
+    cfg = replace(cfg, vision=replace(cfg.vision, stem="conv"))
+    demo = Blip3(cfg, generator=torch.Generator().manual_seed(0)).eval().requires_grad_(False)
     yield chat_pair("second turn over 5 tiles, demo-size: time to first token", demo, 5)
     yield chat_pair("second turn over 5 tiles, 4 layers of so400m + small LM", larger(), 5)
     yield prompt_pair("LM prefill fp32, 1024 tokens", small_lm(), 1024)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from blip3_lite import LoadedModel, newest_checkpoint
 from blip3_lite.opening import open_model
 from chat_talkers import ChatError, PictureTalker, TextTalker
-from phi3_lite import Quantisation
+from phi3_lite import Quantisation, lay_out_for_decoding
 
 FETCHED = ["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"]
 """What is taken from the hub: weights, and text that is read and never run. No code, no pickle."""
@@ -70,4 +70,5 @@ def open_talker(path: Path, quantize: Quantisation | None, device: torch.device)
             bar.update()
 
         loaded = open_model(path, quantize=quantize, dtype=dtype, device=device, on_count=bar.reset, on_tensor=advance)
+    lay_out_for_decoding(loaded.model.lang_model if isinstance(loaded, LoadedModel) else loaded.model)
     return PictureTalker(loaded) if isinstance(loaded, LoadedModel) else TextTalker(loaded)

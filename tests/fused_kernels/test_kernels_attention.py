@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fused_kernels import attention, packed_attention, plan_packing
+from fused_kernels import attention, cached_attention, packed_attention, plan_packing
 from fused_kernels.packed import _SLACK, _STRETCH
 
 PACKED_BACKENDS = ["bucketed", "reference"]
@@ -234,3 +234,41 @@ def test_query_that_sees_nothing_gives_zeros_and_no_nan_gradient(backend, dtype,
 def test_attention_refuses_more_causal_queries_than_keys():
     with pytest.raises(ValueError, match=r"expected at most as many as keys \(3\), got 4"):
         attention(*batch(1, 4, 3), is_causal=True)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (1, 7), (1, 65), (3, 5), (7, 65)])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_cached_attention_is_that_of_a_loop(backend, num_kv_heads, num_queries, num_keys, is_masked):
+    batch, num_heads, head_dim = 3, 4, 8
+    q = torch.randn(batch, num_queries, num_heads, head_dim, dtype=torch.float64)
+    # a cache's view: what it holds behind the keys must not count
+    held = torch.randn(2, batch, num_kv_heads, num_keys + 5, head_dim, dtype=torch.float64)
+    keys, values = held[:, :, :, :num_keys]
+    ends = (
+        torch.randint(1, num_keys + 1, (batch, num_queries))
+        if is_masked
+        else torch.full((batch, num_queries), num_keys)
+    )
+    is_hidden = torch.arange(num_keys) >= ends[:, :, None]
+    bias = torch.zeros(is_hidden.shape, dtype=q.dtype).masked_fill(is_hidden, -math.inf) if is_masked else None
+    out = cached_attention(q, keys, values, bias=bias, backend=backend)
+    expected = torch.empty_like(q)
+    for row in range(batch):
+        for place in range(num_queries):
+            for head in range(num_heads):
+                group, end = head // (num_heads // num_kv_heads), int(ends[row, place])
+                scores = keys[row, group, :end] @ q[row, place, head] / math.sqrt(head_dim)
+                expected[row, place, head] = scores.softmax(0) @ values[row, group, :end]
+    torch.testing.assert_close(out, expected)
+
+
+def test_cached_attention_in_bf16_is_near_fp64():
+    q, keys, values = (torch.randn(2, 4, 33, 16).bfloat16() for _ in range(3))
+    q, bias = q[:, :, :1].transpose(1, 2), torch.zeros(2, 1, 33)
+    bias[1, :, 20:] = -math.inf
+    low = cached_attention(q, keys, values, bias=bias)
+    high = cached_attention(q.double(), keys.double(), values.double(), bias=bias.double(), backend="reference")
+    assert low.dtype == torch.bfloat16
+    assert (low.double() - high).square().mean().sqrt() / high.square().mean().sqrt() <= 1e-2

@@ -36,6 +36,18 @@ def test_half_precision_by_fp32_is_as_near_to_fp64_as_its_dtype(without_units, r
         torch.testing.assert_close(own.double(), other, rtol=2 * eps, atol=40 * eps)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_one_long_row_in_half_precision_is_as_near_to_fp64_as_its_dtype(without_units, has_bias: bool) -> None:
+    x, weight, bias = torch.randn(1, 1, 2053), torch.randn(7, 2053) / 45, torch.randn(7)
+    inputs = [tensor.bfloat16() for tensor in ((x, weight, bias) if has_bias else (x, weight))]
+    out = linear(*inputs, backend="by_fp32")
+    assert out.shape == (1, 1, 7)
+    assert out.dtype == torch.bfloat16
+    expected = linear(*(tensor.double() for tensor in inputs), backend="reference")
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(out.double(), expected, rtol=2 * eps, atol=2 * eps)
+
+
 def test_only_the_gradients_that_are_wanted_are_made(without_units) -> None:
     x, weight, bias = _inputs(96)
     weight.requires_grad_(False)

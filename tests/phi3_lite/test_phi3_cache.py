@@ -49,19 +49,25 @@ def test_prefill_and_steps_equal_the_whole_sequence(block: int, window: int | No
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_prefill_onto_held_rows_equals_one_prefill(window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("held", "new"),
+    [([3, 9, 1], [5, 1, 7]), ([4, 4, 4], [5, 1, 7]), ([3, 9, 1], [6, 6, 6]), ([4, 4], [7, 7]), ([3], [1])],
+    ids=str,
+)
+def test_prefill_onto_held_rows_equals_one_prefill(window: int | None, held: list[int], new: list[int]) -> None:
     model = _model(window)
-    first, second = _rows([3, 9, 1]), _rows([5, 1, 7])
-    whole, parts = model.new_cache(3), model.new_cache(3, block=4)
+    first, second = _rows(held), _rows(new)
+    whole, parts = model.new_cache(len(held)), model.new_cache(len(held), block=4)
+    totals = [old + more for old, more in zip(held, new, strict=True)]
     with torch.inference_mode():
         joined = [torch.cat(pair) for pair in zip(first, second, strict=True)]
-        expected = model.prefill(torch.cat(joined), _bounds([8, 10, 8]), whole)
-        model.prefill(torch.cat(first), _bounds([3, 9, 1]), parts)
-        hidden = model.prefill(torch.cat(second), _bounds([5, 1, 7]), parts)
+        expected = model.prefill(torch.cat(joined), _bounds(totals), whole)
+        model.prefill(torch.cat(first), _bounds(held), parts)
+        hidden = model.prefill(torch.cat(second), _bounds(new), parts)
         torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
-        token = torch.randn(3, TINY.width)
+        token = torch.randn(len(held), TINY.width)
         torch.testing.assert_close(model.step(token, parts), model.step(token, whole), rtol=0, atol=1e-5)
-    assert (parts.longest, parts.shortest) == (whole.longest, whole.shortest) == (11, 9)
+    assert (parts.longest, parts.shortest) == (whole.longest, whole.shortest) == (max(totals) + 1, min(totals) + 1)
 
 
 def test_a_row_does_not_see_the_others() -> None:
@@ -107,8 +113,8 @@ def test_memory_grows_by_blocks_and_keeps_what_it_held() -> None:
     assert cache.capacity == 12
     for layer in range(TINY.num_layers):
         held_keys, held_values = cache.read(layer, 0, 1)
-        assert torch.equal(held_keys[:, 0], keys + layer)
-        assert torch.equal(held_values[:, 0], values - layer)
+        assert torch.equal(held_keys[:, :, 0], keys + layer)
+        assert torch.equal(held_values[:, :, 0], values - layer)
 
 
 def test_prefill_with_wrong_number_of_documents_raises() -> None:

@@ -105,6 +105,27 @@ def test_rotary_angles_equal_the_formula() -> None:
     torch.testing.assert_close(sin, torch.tensor([[0.0, 0.0], [3.0, 0.3]]).sin())
 
 
+def test_rotation_matrices_turn_as_the_formula() -> None:
+    from phi3_lite.rope import rotation_matrices
+
+    x, angles = torch.randn(5, 3, 7), torch.randn(5, 2)
+    turned = torch.bmm(x, rotation_matrices(angles.cos(), angles.sin(), 7))
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second = x[..., :2], x[..., 2:4]
+    expected = torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., 4:]], dim=-1)
+    torch.testing.assert_close(turned, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_few_tokens_without_gradients_give_what_training_gives(dtype: torch.dtype) -> None:
+    model = _model(num_heads=2, num_kv_heads=1, rotary_fraction=0.5).to(dtype)
+    inputs = model.embed(_ids(9)).detach()
+    trained = model(inputs)
+    with torch.no_grad():
+        tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(model(inputs), trained.detach(), rtol=0, atol=tolerance)
+
+
 def test_empty_documents_are_allowed_in_training() -> None:
     model, ids = _model(), _ids(5)
     with_empty = model(model.embed(ids), cu_seqlens=torch.tensor([0, 0, 2, 2, 5, 5], dtype=torch.int32))

@@ -35,7 +35,10 @@ class ChatMemory:
         """Yield the next token, step by step, as `blip3_lite.generate_steps` for one prompt."""
         names = position_names(prompt, self.model.cfg)
         rest = unread_part(prompt, self._memory.num_known(names), self.model.cfg)
-        inputs = self.model.embed(collate([rest]).to(self.model.device))
+        if rest.tiles_per_image:
+            inputs = self.model.embed(collate([rest]).to(self.model.device))
+        else:
+            inputs = self.model.lang_model.embed(rest.ids.to(self.model.device))
         yield from self._memory.generate(names, len(names) - rest.length, inputs, sampling, stop_ids, generator)
 
 

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from .activations import gelu_tanh as gelu_tanh
     from .activations import swiglu as swiglu
     from .dense import attention as attention
+    from .dense import cached_attention as cached_attention
     from .dense import joint_attention as joint_attention
     from .dispatch import BackendError as BackendError
     from .dispatch import BackendRow as BackendRow
@@ -44,6 +45,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "backend_report",
+    "cached_attention",
     "dequantise_int4",
     "dequantise_int8",
     "gelu_tanh",
@@ -77,6 +79,7 @@ _HOMES = {
     "add_rms_norm": "norms",
     "attention": "dense",
     "backend_report": "report",
+    "cached_attention": "dense",
     "dequantise_int4": "integers",
     "dequantise_int8": "integers",
     "gelu_tanh": "activations",

@@ -162,6 +162,39 @@ JOINT_ATTENTION = Op(
 )
 
 
+def _cached_attention_reference(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    group = q.shape[2] // keys.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, values = (x.to(wide).repeat_interleave(group, dim=1) for x in (keys, values))
+    scores = torch.einsum("bthk,bhsk->bhts", q.to(wide), keys) / math.sqrt(q.shape[-1])
+    if bias is not None:
+        scores = scores + bias[:, None]
+    return torch.einsum("bhts,bhsk->bthk", torch.softmax(scores, dim=-1), values).to(q.dtype)
+
+
+def _cached_attention_sdpa(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    dtype, shape, num_groups = q.dtype, q.shape, keys.shape[1]
+    if q.device.type == "cpu" and dtype.itemsize < 4:
+        # as in `sdpa`
+        q, keys, values = q.float(), keys.float(), values.float()
+    if bias is not None:
+        bias = bias[:, None].to(q.dtype)
+    if shape[1] == 1:
+        # the query heads that share a key head stand as its queries
+        out = F.scaled_dot_product_attention(q.reshape(shape[0], num_groups, -1, shape[3]), keys, values, bias)
+        return out.reshape(shape).to(dtype)
+    is_grouped = num_groups != shape[2]
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, bias, enable_gqa=is_grouped)
+    return out.transpose(1, 2).to(dtype)
+
+
+CACHED_ATTENTION = Op(
+    "cached_attention",
+    Backend("sdpa", _cached_attention_sdpa, "PyTorch's scaled_dot_product_attention"),
+    Backend("reference", _cached_attention_reference, "plain PyTorch"),
+)
+
+
 def check_groups(op: str, num_heads: int, num_kv_heads: int) -> None:
     """Raise ValueError unless the key heads divide the query heads."""
     if num_kv_heads == 0 or num_heads % num_kv_heads:
@@ -226,3 +259,25 @@ def joint_attention(
     """
     check_groups("joint_attention", q.shape[2], k.shape[2])
     return JOINT_ATTENTION.run(backend, q.device, q.dtype, q, k, v, (more_k, more_v), mask, scale)
+
+
+def cached_attention(
+    q: Float[Tensor, "b t h k"],
+    keys: Float[Tensor, "b g s k"],
+    values: Float[Tensor, "b g s k"],
+    *,
+    bias: Float[Tensor, "b t s"] | Float[Tensor, "b 1 s"] | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "b t h k"]:
+    """Attend to what a cache holds head by head: softmax(q kᵀ / √k + bias) v, for each head.
+
+    As `attention`, on the cache's own layout and with a mask that is a number already, 0 or -inf, made once for all
+    layers: for a few new tokens of a small model each axis that is moved costs as much as a product. Each query must
+    see a key.
+
+    Raises:
+        ValueError: if g does not divide h.
+        BackendError: if `backend` is unknown or cannot run.
+    """
+    check_groups("cached_attention", q.shape[2], keys.shape[1])
+    return CACHED_ATTENTION.run(backend, q.device, q.dtype, q, keys, values, bias)

@@ -122,7 +122,7 @@ class Op(Generic[P, R]):
         backend: str,
         device: torch.device,
         dtype: torch.dtype,
-        refuse_call: Callable[[Backend[P, R]], str | None] = lambda _: None,
+        refuse_call: Callable[[Backend[P, R]], str | None] | None = None,
     ) -> Callable[P, R]:
         """Return the implementation for `backend`, which is a name or "auto".
 
@@ -130,20 +130,15 @@ class Op(Generic[P, R]):
             BackendError: if the named backend is unknown or refuses this device, dtype or call; for "auto", if all do.
         """
         if backend == "auto":
-            key = (device, dtype)
-            if key not in self._able:
-                # What a machine can run does not change; a decoding step of a small model asks dozens of times.
-                able = [candidate for candidate in self.backends.values() if candidate.refuse(device, dtype) is None]
-                self._able[key] = able
-            for candidate in self._able[key]:
-                if refuse_call(candidate) is None:
+            for candidate in self._all_able(device, dtype):
+                if refuse_call is None or refuse_call(candidate) is None:
                     return candidate.run
             backend = "reference"
         if backend not in self.backends:
             known = ", ".join(["auto", *self.backends])
             raise BackendError(f"backend of {self.name}: expected one of {known}, got {backend!r}; choose one of these")
         named = self.backends[backend]
-        reason = named.refuse(device, dtype) or refuse_call(named)
+        reason = named.refuse(device, dtype) or (None if refuse_call is None else refuse_call(named))
         if reason is not None:
             raise BackendError(
                 f"backend of {self.name}: expected one that can run {dtype} on {device}, "
@@ -151,12 +146,26 @@ class Op(Generic[P, R]):
             )
         return named.run
 
+    def _all_able(self, device: torch.device, dtype: torch.dtype) -> list[Backend[P, R]]:
+        """What can run there, in order of preference."""
+        key = (device, dtype)
+        if key not in self._able:
+            # What a machine can run does not change; a decoding step of a small model asks dozens of times.
+            able = [candidate for candidate in self.backends.values() if candidate.refuse(device, dtype) is None]
+            self._able[key] = able
+        return self._able[key]
+
     def run(self, backend: str, device: torch.device, dtype: torch.dtype, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the implementation that `choose` gives for these arguments.
 
         Raises:
             BackendError: as `choose`.
         """
+        if backend == "auto":
+            # as `choose`, without a function to be made and called for each candidate
+            for candidate in self._all_able(device, dtype):
+                if candidate.refuse_call is None or candidate.refuse_call(*args, **kwargs) is None:
+                    return candidate.run(*args, **kwargs)
 
         def refuse_call(candidate: Backend[P, R]) -> str | None:
             return None if candidate.refuse_call is None else candidate.refuse_call(*args, **kwargs)

@@ -3,6 +3,7 @@
 Each also as one operation with the addition before it, since a block of a transformer adds, then normalises.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -37,11 +38,22 @@ def _layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+@functools.lru_cache(maxsize=32)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # may be made while decoding and used while training: it must not be an inference tensor
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The result, and one over the root mean square of each row."""
-    wide = x.to(_statistics_dtype(x))
-    r = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps).rsqrt_()
-    return (wide * r).to(x.dtype).mul_(weight), r
+    dtype = _statistics_dtype(x)
+    wide = x if x.dtype == dtype else x.to(dtype)
+    # Five operations where the formula has nine: for one token each costs its call.
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    r = torch.addcmul(_constant(eps, dtype, x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    normalised = wide * r
+    return (normalised if wide is x else normalised.to(x.dtype)).mul_(weight), r
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -16,6 +16,7 @@ _OPS = (
     activations.GELU_TANH,
     dense.ATTENTION,
     dense.JOINT_ATTENTION,
+    dense.CACHED_ATTENTION,
     packed.PACKED_ATTENTION,
     linear_loss.LINEAR_CROSS_ENTROPY,
     linear_loss.LINEAR_LOG_PROBS,

@@ -22,14 +22,20 @@ def _rotary_embedding_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) 
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """cos and sin have an axis for the heads."""
     r = cos.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    first, second = wide[..., :r], wide[..., r : 2 * r]
-    out = torch.empty_like(wide, memory_format=torch.contiguous_format)
-    torch.mul(first, cos, out=out[..., :r]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., r : 2 * r]).addcmul_(first, sin)
+    turning = wide if 2 * r == x.shape[-1] else wide[..., : 2 * r]
+    # both halves by one operation where it can be: for one token each costs its call
+    halves = turning.view(*x.shape[:-1], 2, r)
+    out = halves * cos.unsqueeze(-2)
+    first, second = out.unbind(-2)
+    old_first, old_second = halves.unbind(-2)
+    first.addcmul_(old_second, sin, value=-1)
+    second.addcmul_(old_first, sin)
+    out = out.flatten(-2)
     if 2 * r < x.shape[-1]:
-        out[..., 2 * r :] = wide[..., 2 * r :]
+        out = torch.cat((out, wide[..., 2 * r :]), dim=-1)
     return out.to(x.dtype)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .formats.huggingface import save_huggingface as save_huggingface
     from .formats.loading import LoadedLM as LoadedLM
     from .formats.loading import load_lm as load_lm
+    from .layout import lay_out_for_decoding as lay_out_for_decoding
     from .model import Phi3 as Phi3
     from .prefix import PromptMemory as PromptMemory
     from .quantised import Quantisation as Quantisation
@@ -78,6 +79,7 @@ __all__ = [
     "collect",
     "cut_at_stop",
     "generate",
+    "lay_out_for_decoding",
     "load_lm",
     "load_targets",
     "mini_4k",
@@ -109,6 +111,7 @@ _HOMES = {
     "save_huggingface": "formats.huggingface",
     "LoadedLM": "formats.loading",
     "load_lm": "formats.loading",
+    "lay_out_for_decoding": "layout",
     "Phi3": "model",
     "QuantisedLinear": "quantised",
     "PromptMemory": "prefix",

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .config import Phi3Config
+from .decoding import PlainLayer
 
 
 class KVCache:
@@ -42,6 +43,8 @@ class KVCache:
         self.lengths: Int[Tensor, " b"] = torch.zeros(batch, dtype=torch.int64, device=device)
         self.longest = 0
         self.shortest = 0
+        self.layers: list[PlainLayer] | None = None
+        """What is called on a CPU, layer by layer; made anew by each prefill."""
         # head-major, [b, g, s, k]: a head's keys lie together in memory, as a step reads them
         shape = (batch, cfg.num_kv_heads, 0, cfg.head_dim)
         self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(cfg.num_layers)]
@@ -119,19 +122,24 @@ class KVCache:
         self._keys[layer][rows, :, positions] = keys.to(self._keys[layer].dtype)
         self._values[layer][rows, :, positions] = values.to(self._values[layer].dtype)
 
+    def extend(self, layer: int, keys: Float[Tensor, "b t g k"], values: Float[Tensor, "b t g k"]) -> None:
+        """Store the next keys and values of rows that are all of one length; the lengths change only by `advance`."""
+        # a plain copy: a fraction of the time that indices take
+        span = slice(self.longest, self.longest + keys.shape[1])
+        self._keys[layer][:, :, span] = keys.transpose(1, 2)
+        self._values[layer][:, :, span] = values.transpose(1, 2)
+
     def append(self, layer: int, keys: Float[Tensor, "b g k"], values: Float[Tensor, "b g k"]) -> None:
         """Store each row's next key and value; the lengths change only by `advance`."""
         if self.shortest != self.longest:
             self.write(layer, torch.arange(self.batch, device=self.lengths.device), self.lengths, keys, values)
         else:
-            # rows of one length: a plain copy, a third of the time that indices take
-            self._keys[layer][:, :, self.longest] = keys
-            self._values[layer][:, :, self.longest] = values
+            self._keys[layer].select(2, self.longest).copy_(keys)
+            self._values[layer].select(2, self.longest).copy_(values)
 
-    def read(self, layer: int, first: int, end: int) -> tuple[Float[Tensor, "b s g k"], Float[Tensor, "b s g k"]]:
-        """Return views on a layer's keys and values at positions first … end − 1 of all rows."""
-        keys, values = self._keys[layer], self._values[layer]
-        return keys[:, :, first:end].transpose(1, 2), values[:, :, first:end].transpose(1, 2)
+    def read(self, layer: int, first: int, end: int) -> tuple[Float[Tensor, "b g s k"], Float[Tensor, "b g s k"]]:
+        """Return views on a layer's keys and values at positions first … end − 1 of all rows, head by head."""
+        return self._keys[layer].narrow(2, first, end - first), self._values[layer].narrow(2, first, end - first)
 
     def advance(self, counts: Int[Tensor, " b"] | int) -> None:
         """Count newly written positions in, per row or the same for all."""

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from fused_kernels import (
     add_rms_norm,
     attention,
-    linear,
+    cached_attention,
     packed_attention,
     plan_packing,
     rms_norm,
@@ -38,10 +38,12 @@ from fused_kernels import (
 
 from .cache import KVCache
 from .config import Phi3Config
-from .rope import rotary_tables
+from .decoding import Attend, PlainLayer, Turn, pass_through, plain_layer
+from .projection import Projection
+from .rope import rotary_tables, rotation_matrices
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q[t, h, k], k[t, g, k], v[t, g, k]) → [t, h, k]: where keys come from and who sees whom."""
+# Numbers of a rotation's matrix for all tokens, up to which a product with it is ahead of the formula: a few tokens.
+_MOST_MATRIX_ELEMENTS = 1 << 17
 
 
 def document_lengths(cu_seqlens: Int32[Tensor, " bounds"], num_tokens: int) -> list[int]:
@@ -77,6 +79,11 @@ def document_extents(positions: Int[Tensor, " t"], cu_seqlens: Int32[Tensor, " b
     return largest[documents] + 1
 
 
+def _as_bias(is_hidden: Tensor, like: Tensor) -> Tensor:
+    """0 where a key is seen, -inf where not."""
+    return torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(is_hidden, -torch.inf)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, statistics in float32."""
 
@@ -98,20 +105,6 @@ class RMSNormOfSum(RMSNorm):
     ) -> tuple[Float[Tensor, "*shape d"], Float[Tensor, "*shape d"]]:
         """Return the new residual, and it normalised over the last axis."""
         return add_rms_norm(x, residual, self.weight, self.eps)
-
-
-class Projection(nn.Linear):
-    """A matrix without bias, left undrawn: the model draws all its weights at once, in one place."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__(width_in, width_out, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Draw nothing."""
-
-    def forward(self, input: Float[Tensor, "... d"]) -> Float[Tensor, "... n"]:
-        """Multiply with the matrix."""
-        return linear(input, self.weight)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -139,16 +132,13 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "t d"],
-        cos: Float[Tensor, "t r"],
-        sin: Float[Tensor, "t r"],
+        turn: Turn,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Float[Tensor, "t d"]:
         """Mix tokens as `attend` lets them see each other."""
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = rotary_embedding(q, k, cos, sin)
         # not einops: parsing its pattern costs a decoding step as much as a projection
-        return self.o_proj(attend(q, k, v).flatten(1))
+        return self.o_proj(attend(*turn(heads)).flatten(1))
 
 
 class GatedMLP(nn.Module):
@@ -177,14 +167,19 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "t d"],
-        cos: Float[Tensor, "t r"],
-        sin: Float[Tensor, "t r"],
+        turn: Turn,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Float[Tensor, "t d"]:
         """Return the new residual."""
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        mixed = self.self_attn(self.input_layernorm(x), turn, attend)
         x, normed = self.post_attention_layernorm(mixed, x)
         return x + self.mlp(normed)
+
+    def plain(self) -> PlainLayer:
+        """Return the layer as operations without modules."""
+        attn, mlp = self.self_attn, self.mlp
+        norms = self.input_layernorm.weight, self.post_attention_layernorm.weight
+        return plain_layer(norms[0], attn.qkv_proj, attn.o_proj, norms[1], mlp.gate_up_proj, mlp.down_proj)
 
 
 class Decoder(nn.Module):
@@ -200,16 +195,43 @@ class Decoder(nn.Module):
         """Keep no activations of the layers in training: the backward pass computes them again (checkpointing)."""
 
     def forward(
-        self, x: Float[Tensor, "t d"], positions: Int[Tensor, " t"], extents: Int[Tensor, " t"] | None, attend: Attend
+        self,
+        x: Float[Tensor, "t d"],
+        positions: Int[Tensor, " t"],
+        extents: Int[Tensor, " t"] | None,
+        attend: Attend,
+        *,
+        end: int | None = None,
     ) -> Float[Tensor, "t d"]:
-        """Return the residual after the last layer, before the final norm; `extents` as in `rotary_tables`."""
-        cos, sin = rotary_tables(self.cfg, positions, extents)
+        """Return the residual after the last layer, before the final norm; `extents`, `end` as in `rotary_tables`."""
+        turn = self.turn(*rotary_tables(self.cfg, positions, extents, end))
         for index, layer in enumerate(self.layers):
             if self.recomputes and x.requires_grad and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(layer, x, cos, sin, partial(attend, index), use_reentrant=False))
+                x = cast(Tensor, checkpoint(layer, x, turn, partial(attend, index), use_reentrant=False))
             else:
-                x = layer(x, cos, sin, partial(attend, index))
+                x = layer(x, turn, partial(attend, index))
         return x
+
+    def turn(self, cos: Float[Tensor, "t r"], sin: Float[Tensor, "t r"]) -> Turn:
+        """Return how queries and keys are turned in each layer, for these positions."""
+        h, g, head_dim = self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
+
+        def by_formula(heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = heads.split((h, g, g), dim=1)
+            return *rotary_embedding(q, k, cos, sin), v
+
+        # autocast would round the angles
+        is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        if cos.device.type != "cpu" or not is_plain or len(cos) * head_dim**2 > _MOST_MATRIX_ELEMENTS:
+            return by_formula
+        dtype = torch.promote_types(self.norm.weight.dtype, cos.dtype)
+        matrices = rotation_matrices(cos, sin, head_dim).to(dtype)
+
+        def by_product(heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            turned = torch.bmm(heads.narrow(1, 0, h + g).to(dtype), matrices).to(heads.dtype)
+            return turned.narrow(1, 0, h), turned.narrow(1, h, g), heads.narrow(1, h + g, g)
+
+        return by_product
 
 
 class Head(nn.Module):
@@ -321,6 +343,7 @@ class Phi3(nn.Module):
                 document is empty.
         """
         lengths = document_lengths(cu_seqlens, inputs.shape[0])
+        cache.layers = None
         if len(lengths) != cache.batch:
             raise ValueError(
                 f"prefill: expected one document for each of the cache's {cache.batch} rows, got {len(lengths)}; "
@@ -331,6 +354,9 @@ class Phi3(nn.Module):
                 f"prefill: expected at least one token for each row, got none for row {lengths.index(min(lengths))}; "
                 "drop the row or give it a first token"
             )
+        if cache.shortest == cache.longest and min(lengths) == max(lengths) and self.cfg.long_rope is None:
+            x = self._prefill_evenly(inputs, cu_seqlens, lengths[0], cache)
+            return self.model.norm(x[cu_seqlens[1:].long() - 1])
         counts = cu_seqlens.diff().long()
         rows = torch.repeat_interleave(torch.arange(cache.batch, device=inputs.device), counts)
         offsets = document_positions(cu_seqlens, inputs.shape[0])
@@ -344,9 +370,35 @@ class Phi3(nn.Module):
             attend = self._attend_fresh(rows, positions, cu_seqlens, cache)
         else:
             attend = self._attend_continued(rows, offsets, positions, max(lengths), longest, cache)
-        x = self.model(inputs, positions, totals[rows], attend)
+        x = self._run(inputs, positions, totals[rows], attend, longest, cache)
         cache.advance(counts)
         return self._refill(outgrowing, cache, self.model.norm(x[cu_seqlens[1:].long() - 1]))
+
+    def _prefill_evenly(self, inputs: Tensor, cu_seqlens: Tensor, num_new: int, cache: KVCache) -> Tensor:
+        """Append as many tokens to each of rows of one length, as one prompt always is: by copies, without indices."""
+        window, batch, start, end = self.cfg.sliding_window, cache.batch, cache.longest, cache.longest + num_new
+        cache.reserve(end)
+        positions = torch.arange(start, end, device=inputs.device)
+        plan, bias = None, None
+        if start == 0:
+            plan = plan_packing(cu_seqlens)
+        else:
+            seen = torch.arange(end, device=inputs.device)
+            is_hidden = seen > positions[:, None]
+            if window is not None:
+                is_hidden |= seen <= positions[:, None] - window
+            bias = _as_bias(is_hidden, inputs).expand(batch, num_new, end)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.extend(layer, k.view(batch, num_new, *k.shape[1:]), v.view(batch, num_new, *v.shape[1:]))
+            if plan is not None:
+                return packed_attention(q, k, v, cu_seqlens, window=window, plan=plan)
+            keys, values = cache.read(layer, 0, end)
+            return cached_attention(q.view(batch, num_new, *q.shape[1:]), keys, values, bias=bias).flatten(0, 1)
+
+        x = self._run(inputs, positions.repeat(batch), None, attend, end, cache)
+        cache.advance(num_new)
+        return x
 
     def step(self, inputs: Float[Tensor, "b d"], cache: KVCache) -> Float[Tensor, "b d"]:
         """Append one token to each row of the cache; return the hidden states, after the final norm.
@@ -360,24 +412,40 @@ class Phi3(nn.Module):
         cache.reserve(end)
         window = self.cfg.sliding_window
         first = 0 if window is None else max(0, cache.shortest + 1 - window)
-        mask = None
+        bias = None
         # rows of one length all see first … end − 1, window or not
         if cache.shortest != cache.longest:
             seen = torch.arange(first, end, device=inputs.device)
-            mask = seen <= positions[:, None]
+            is_hidden = seen > positions[:, None]
             if window is not None:
-                mask &= seen > positions[:, None] - window
+                is_hidden |= seen <= positions[:, None] - window
+            bias = _as_bias(is_hidden, inputs)[:, None]
         if cache.keeps_inputs:
             cache.keep_inputs(torch.arange(cache.batch, device=inputs.device), positions, inputs)
+        extents = None if self.cfg.long_rope is None else positions + 1
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.append(layer, k, v)
             keys, values = cache.read(layer, first, end)
-            return attention(q[:, None], keys, values, mask=mask)[:, 0]
+            return cached_attention(q[:, None], keys, values, bias=bias)[:, 0]
 
-        x = self.model(inputs, positions, positions + 1, attend)
+        x = self._run(inputs, positions, extents, attend, end, cache)
         cache.advance(1)
         return self._refill(outgrowing, cache, self.model.norm(x))
+
+    def _run(
+        self, x: Tensor, positions: Tensor, extents: Tensor | None, attend: Attend, end: int, cache: KVCache
+    ) -> Tensor:
+        """Take tokens through the layers, on a CPU past the modules; `extents` and `end` as in `rotary_tables`."""
+        has_gradient = torch.is_grad_enabled()
+        # a process that holds a part of each weight gathers them module by module
+        is_whole = len(self.model.norm.weight) == self.cfg.width
+        if x.device.type != "cpu" or has_gradient or torch.is_autocast_enabled("cpu") or not is_whole:
+            return self.model(x, positions, extents, attend, end=end)
+        if cache.layers is None:
+            cache.layers = [cast(DecoderLayer, layer).plain() for layer in self.model.layers]
+        turn = self.model.turn(*rotary_tables(self.cfg, positions, extents, end))
+        return pass_through(cache.layers, x, turn, attend, self.cfg.head_dim, self.cfg.norm_eps)
 
     def _refill(self, outgrown: list[int], cache: KVCache, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """Fill rows that have outgrown the original window again, all of their tokens; replace their hidden states."""
@@ -390,7 +458,7 @@ class Phi3(nn.Module):
         rows = torch.repeat_interleave(chosen, cache.lengths[chosen])
         positions = document_positions(cu_seqlens, len(inputs))
         attend = self._attend_fresh(rows, positions, cu_seqlens, cache)
-        x = self.model(inputs, positions, cache.lengths[rows], attend)
+        x = self._run(inputs, positions, cache.lengths[rows], attend, cache.longest, cache)
         return hidden.index_copy(0, chosen, self.model.norm(x[cu_seqlens[1:].long() - 1]).to(hidden.dtype))
 
     def _attend_fresh(self, rows: Tensor, positions: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Attend:
@@ -420,6 +488,7 @@ class Phi3(nn.Module):
             keys, values = cache.read(layer, 0, end)
             padded = q.new_zeros((cache.batch, longest_new, *q.shape[1:]))
             padded[rows, offsets] = q
-            return attention(padded, keys, values, mask=mask)[rows, offsets]
+            mixed = attention(padded, keys.transpose(1, 2), values.transpose(1, 2), mask=mask)
+            return mixed[rows, offsets]
 
         return attend

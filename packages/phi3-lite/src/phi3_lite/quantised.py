@@ -36,7 +36,8 @@ from fused_kernels import (
 )
 from weight_files import Target, unique_tensors
 
-from .model import Head, Phi3, Projection, TokenEmbedding
+from .model import Head, Phi3, TokenEmbedding
+from .projection import Projection
 
 Quantisation = Literal["int8", "int4"]
 """What a layer's projections are kept as."""

@@ -101,6 +101,7 @@ def generate(
     rows = torch.arange(batch, device=device)
     is_finished = torch.zeros(batch, dtype=torch.bool, device=device)
     num_live = batch
+    can_end = stops.shape[1] > 0 or ends is not None
     for index in range(sampling.max_new_tokens):
         uniform = None
         if sampling.temperature > 0:
@@ -117,7 +118,9 @@ def generate(
             margins = torch.full((batch,), torch.inf, device=device)
             margins[rows] = first - second
             margins[is_finished] = torch.inf
-        if num_live == batch:
+        if not can_end:
+            tokens = chosen
+        elif num_live == batch:
             tokens = chosen
             is_finished = (tokens[:, None] == stops).any(dim=1)
         else:
@@ -130,7 +133,8 @@ def generate(
         if seen is not None:
             seen[rows, chosen] = True
         yield GenerationStep(tokens, is_finished, margins)
-        num_live = batch - int(is_finished.sum())
+        if can_end:
+            num_live = batch - int(is_finished.sum())
         if num_live == 0 or index + 1 == sampling.max_new_tokens:
             return
         if num_live <= (1 - _COMPACT_SHARE) * len(rows):

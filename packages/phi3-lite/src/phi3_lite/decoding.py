@@ -1,0 +1,75 @@
+"""The layers on a CPU without gradients, past the modules: their calls would cost a small model more than its products.
+
+Layer by layer what `model.DecoderLayer` computes. What is no plain matrix, an adapter or integers, is called as it is.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_kernels import linear
+from fused_kernels.activations import SWIGLU
+from fused_kernels.norms import RMS_NORM
+
+from .projection import Projection
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q[t, h, k], k[t, g, k], v[t, g, k]) → [t, h, k]: where keys come from and who sees whom."""
+Turn = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Heads of a layer's product [t, h + 2g, k] → queries and keys, turned by their positions, and values."""
+Product = Callable[[Tensor], Tensor]
+"""x[t, d] → [t, n]"""
+Addition = Callable[[Tensor, Tensor], Tensor]
+"""(residual[t, n], x[t, d]) → residual and product, [t, n]"""
+
+
+class PlainLayer(NamedTuple):
+    """A layer as operations that are ready to be called, made once for all steps of an answer."""
+
+    input_norm: Tensor
+    qkv: Product
+    add_o: Addition
+    post_norm: Tensor
+    gate_up: Product
+    add_down: Addition
+
+
+def plain_layer(
+    input_norm: Tensor, qkv: nn.Module, o: nn.Module, post_norm: Tensor, gate_up: nn.Module, down: nn.Module
+) -> PlainLayer:
+    """Make the products of a layer's matrices."""
+    return PlainLayer(input_norm, _product(qkv), _addition(o), post_norm, _product(gate_up), _addition(down))
+
+
+def _product(module: nn.Module) -> Product:
+    if type(module) is not Projection:
+        return module
+    if module.weight.dtype.itemsize < 4:
+        # how half precision is multiplied depends on the machine
+        return partial(linear, weight=module.weight)
+    return partial(torch.mm, mat2=module.weight.t())
+
+
+def _addition(module: nn.Module) -> Addition:
+    if type(module) is Projection and module.weight.dtype.itemsize >= 4:
+        matrix = module.weight.t()
+        return lambda residual, x: torch.addmm(residual, x, matrix)
+    product = _product(module)
+    return lambda residual, x: residual + product(x)
+
+
+def pass_through(
+    layers: Sequence[PlainLayer], x: Tensor, turn: Turn, attend: Attend, head_dim: int, eps: float
+) -> Tensor:
+    """Take tokens [t, d] through the layers; return the residual after the last."""
+    num_tokens = x.shape[0]
+    norm = RMS_NORM.choose("auto", x.device, x.dtype)
+    activate = SWIGLU.choose("auto", x.device, x.dtype)
+    for index, layer in enumerate(layers):
+        heads = layer.qkv(norm(x, layer.input_norm, eps)).view(num_tokens, -1, head_dim)
+        x = layer.add_o(x, attend(index, *turn(heads)).reshape(num_tokens, -1))
+        x = layer.add_down(x, activate(layer.gate_up(norm(x, layer.post_norm, eps))))
+    return x
