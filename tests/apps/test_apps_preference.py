@@ -282,7 +282,8 @@ def test_noised_steps_go_on_where_they_were(app, tiny_model, tiny_processor) -> 
 def test_the_world_asks_as_often_about_what_is_there_as_about_what_is_not(app, parse) -> None:
     stage = parse("dpo", "--own-errors", "6", "--world-samples", "6")
     asked = app.run._stage_data("dpo", stage)
-    answers = [sample.turns[-1].parts[0].text for source in asked.sources for sample in source]
+    (source,) = asked.sources
+    answers = [source[number].turns[-1].parts[0].text for number in range(len(source))]
     assert sorted(answers) == ["no"] * 3 + ["yes"] * 3
 
 
