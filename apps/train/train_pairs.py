@@ -150,7 +150,7 @@ def _ask(
                     continue
                 prompts.append(processor.encode_prompt(question[0]))
             except SkipSample as skip:
-                skips.skip(source.name, skip)
+                skips.skip(source.name, SkipSample(skip.reason, skip.detail, skip.where or f"{source.name}:{index}"))
                 continue
             skips.keep(source.name)
             asked.append((index, EvalItem(group=source.name, prompt=question[0], answer=question[1])))

@@ -62,7 +62,7 @@ def read_pairs(path: str) -> list[PreferenceSample]:
                 if not isinstance(sample, PreferenceSample):
                     raise SkipSample(SkipReason.BAD_RECORD, "expected a preference pair, got another kind")
             except SkipSample as skip:
-                skips.skip(source.name, skip)
+                skips.skip(source.name, SkipSample(skip.reason, skip.detail, skip.where or f"{source.name}:{index}"))
                 continue
             skips.keep(source.name)
             found.append(sample)
