@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from blip3_lite import Blip3, FeatureCache, Processor, SamplingConfig, collate
+from blip3_lite import Blip3, EncodedSample, FeatureCache, Processor, SamplingConfig, collate
 from eval_lite import EvalItem, predict
-from interleave_data import PreferenceSample, Sample, SkipSample, Source, TextPart
+from interleave_data import PreferenceSample, Sample, SkipCounter, SkipSample, Source, TextPart
 from interleave_data.sources import AnySample
 from train_stream import StageData
 from trainer_lite import Progress
@@ -92,16 +92,22 @@ def own_errors(
 
     Raises:
         ValueError: nothing was answered wrongly, so that there is no pair.
+        TooManySkips: more of a source cannot be asked than the data's limits allow.
     """
     if path.exists():
         errors = [msgspec.json.decode(line, type=OwnError) for line in path.read_bytes().splitlines()]
     else:
         draws = torch.Generator(model.device).manual_seed(seed)
+        # Of what cannot be asked no pair is made, so the stream would never come to it.
+        skips = SkipCounter(data.skip_limits)
         errors = [
             error
             for source in data.sources
-            for error in _ask(source, num_questions, model, processor, features, draws, progress)
+            for error in _ask(source, num_questions, model, processor, features, draws, skips, progress)
         ]
+        if skips.by_reason():
+            left_out = ", ".join(f"{reason} {count}" for reason, count in skips.by_reason().items())
+            progress.line(f"could not be asked, of all sources: {left_out}")
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(b"".join(msgspec.json.encode(error) + b"\n" for error in errors))
         partial.replace(path)
@@ -129,25 +135,31 @@ def _ask(
     processor: Processor,
     features: FeatureCache | None,
     draws: torch.Generator,
+    skips: SkipCounter,
     progress: Progress,
 ) -> list[OwnError]:
     errors: list[OwnError] = []
-    count = min(num_questions, len(source))
+    num_asked, count = 0, min(num_questions, len(source))
     for start in range(0, count, _QUESTIONS_AT_A_TIME):
         asked: list[tuple[int, EvalItem]] = []
+        prompts: list[EncodedSample] = []
         for index in range(start, min(start + _QUESTIONS_AT_A_TIME, count)):
             try:
                 question = _question(source[index])
-            except SkipSample:
-                # The stream counts it when it comes to it.
+                if question is None:
+                    continue
+                prompts.append(processor.encode_prompt(question[0]))
+            except SkipSample as skip:
+                skips.skip(source.name, SkipSample(skip.reason, skip.detail, skip.where or f"{source.name}:{index}"))
                 continue
-            if question is not None:
-                asked.append((index, EvalItem(group=source.name, prompt=question[0], answer=question[1])))
+            skips.keep(source.name)
+            asked.append((index, EvalItem(group=source.name, prompt=question[0], answer=question[1])))
         predictions = predict(
             model,
             processor,
             [item for _, item in asked],
             is_same_answer,
+            prompts=prompts,
             sampling=_ANSWER,
             generator=draws,
             collate_prompts=collate if features is None else features.collate,
@@ -158,5 +170,6 @@ def _ask(
             # Nothing said is nothing to be unlearnt: an empty answer is no sample.
             if not prediction.is_correct and prediction.prediction
         ]
-        progress.line(f"{source.name}: {start + len(asked)} questions asked, {len(errors)} answered wrongly")
+        num_asked += len(asked)
+        progress.line(f"{source.name}: {num_asked} questions asked, {len(errors)} answered wrongly")
     return errors

@@ -6,7 +6,8 @@
 A pair counts as right if log π(chosen) - log r(chosen) is above log π(rejected) - log r(rejected), π being the policy
 and r the checkpoint that it was trained from. The interval is Wilson's, 95 %. `--world`: presence questions of the
 embedded world's held-out split, the other of yes and no being rejected; with `--own-errors` only those that r answers
-wrongly. Accuracy with the pictures exchanged among the pairs stands beside: what the text alone decides.
+wrongly, its answer, drawn as for the training, being rejected. Accuracy with the pictures exchanged among the pairs
+stands beside: what the text alone decides.
 """
 
 import argparse
@@ -21,7 +22,15 @@ import torch
 from blip3_lite import Blip3, LoadedModel, Processor, collate
 from blip3_lite.opening import open_model
 from dpo_lite import split_pairs
-from interleave_data import ImagePart, PreferenceSample, SkipSample, load_data_file, open_sources
+from interleave_data import (
+    ImagePart,
+    PreferenceSample,
+    SkipCounter,
+    SkipReason,
+    SkipSample,
+    load_data_file,
+    open_sources,
+)
 from scene_world import World
 from train_objectives import answer_log_probs
 from train_stages import merge_adapters
@@ -43,16 +52,23 @@ def load_merged(path: Path) -> tuple[Blip3, Processor]:
 
 
 def read_pairs(path: str) -> list[PreferenceSample]:
-    """All pairs of a data file that can be read."""
-    found: list[PreferenceSample] = []
-    for source in open_sources(load_data_file(path)):
+    """All pairs of a data file that can be read; says how many samples cannot, and stops at the file's limits."""
+    file = load_data_file(path)
+    skips, found = SkipCounter(file.skip_limits), list[PreferenceSample]()
+    for source in open_sources(file):
         for index in range(len(source)):
             try:
                 sample = source[index]
-            except SkipSample:
+                if not isinstance(sample, PreferenceSample):
+                    raise SkipSample(SkipReason.BAD_RECORD, "expected a preference pair, got another kind")
+            except SkipSample as skip:
+                skips.skip(source.name, SkipSample(skip.reason, skip.detail, skip.where or f"{source.name}:{index}"))
                 continue
-            if isinstance(sample, PreferenceSample):
-                found.append(sample)
+            skips.keep(source.name)
+            found.append(sample)
+    if skips.by_reason():
+        left_out = ", ".join(f"{reason} {count}" for reason, count in skips.by_reason().items())
+        print(f"left out: {left_out}", file=sys.stderr)
     return found
 
 
@@ -133,6 +149,8 @@ def main() -> None:
         pairs = read_pairs(args.data)
     else:
         pairs = world_pairs(args.world, args.seed, reference, processor, are_own_errors=args.own_errors)
+    if not pairs:
+        sys.exit("pairs: expected at least one, got none; check the data file")
     result = {
         "reward_accuracy": _accuracy(margins(policy, reference, processor, pairs)),
         "with_exchanged_pictures": _accuracy(margins(policy, reference, processor, exchanged(pairs))),

@@ -8,7 +8,8 @@ between and behind them, on the same held-out questions (twice as many of presen
 each question: McNemar's exact test on right and wrong, and the 95 % interval of the difference in F1 of absent objects
 over 1,000 resamplings of the questions. Reward accuracy is that of held-out questions that the first model gets wrong.
 
-What is there is not done again: a study that was stopped goes on. Twenty minutes on one core, most of it questions.
+What is done is not done again: a study that was stopped goes on, in the middle of a stage too. Twenty minutes on one
+core, most of it questions.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from blip3_lite import Blip3, FeatureCache, Processor, SamplingConfig
+from blip3_lite import Blip3, FeatureCache, Processor, SamplingConfig, read_manifest
 from eval_lite import Prediction, predict, write_predictions
 from eval_lite.tasks.world import FORBIDDEN, exam_items, forbidden_items, score
 from scene_world import SKILLS
@@ -47,10 +48,16 @@ def newest(folder: Path) -> Path:
     return folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end; the checkpoint of a stopped one only waits to be resumed."""
+    has_checkpoint = (folder / "checkpoints" / "latest").exists()
+    return has_checkpoint and read_manifest(newest(folder), verify=False)["is_kept"] is True
+
+
 def train(stage: str, start: Path, folder: Path) -> Path:
-    """Train a stage unless it is there; return its checkpoint."""
-    if not (folder / "checkpoints" / "latest").exists():
-        command = [sys.executable, str(_HERE), stage, "--init", str(start), "--out", str(folder)]
+    """Train a stage to its end, from where it is; return its checkpoint."""
+    if not is_finished(folder):
+        command = [sys.executable, str(_HERE), stage, "--init", str(start), "--out", str(folder), "--resume", "auto"]
         subprocess.run([*command, "--seed", str(_TRAIN_SEED), *_SETTINGS[stage]], check=True)
     return newest(folder)
 

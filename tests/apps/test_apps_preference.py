@@ -12,7 +12,7 @@ from PIL import Image
 import lora_lite
 from blip3_lite import collate
 from dpo_lite import DpoConfig, ReferenceCacheError, kto_baseline
-from interleave_data import ImagePart, PreferenceSample, Sample, TextPart, Turn
+from interleave_data import ImagePart, PreferenceSample, Sample, SkipLimits, TextPart, TooManySkips, Turn
 from trainer_lite import QuietProgress
 
 ADAPTERS = lora_lite.LoraConfig(rank=2, alpha=4, targets=("qkv_proj", "o_proj"))
@@ -323,6 +323,31 @@ def test_own_errors_become_pairs_and_are_read_again(app, tiny_model, tiny_proces
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="own_errors: expected a wrong answer"):
         app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, path, QuietProgress(), seed=0)
+
+
+def test_what_cannot_be_asked_of_own_errors_is_counted_and_limited(
+    app, tiny_model, tiny_processor, tmp_path, monkeypatch
+) -> None:
+    broken = PreferenceSample("1", "toy", (Turn("user", (ImagePart(b"no picture"), TextPart("what?"))),), "red", "blue")
+    samples = InMemory("toy", [preference(0), broken, preference(2)])
+    monkeypatch.setattr("eval_lite.prediction.answer_batch", lambda model, processor, prompts, *_, **__: ["x", "y"])
+    lines = []
+
+    class Told(QuietProgress):
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+    data = app.stream.StageData([samples])
+    made = app.pairs.own_errors(data, 3, tiny_model, tiny_processor, None, tmp_path / "a", Told(), seed=0)
+    assert [(pair.id, pair.rejected) for pair in made.sources[0]] == [("0", "x"), ("2", "y")]
+    assert lines == [
+        "toy: 2 questions asked, 2 answered wrongly",
+        "could not be asked, of all sources: not_an_image 1",
+    ]
+    strict = app.stream.StageData([samples], skip_limits=SkipLimits(max_consecutive=1))
+    with pytest.raises(TooManySkips, match=r"toy: expected fewer than 1 bad samples in a row.* toy:1: not_an_image"):
+        app.pairs.own_errors(strict, 3, tiny_model, tiny_processor, None, tmp_path / "b", Told(), seed=0)
+    assert not (tmp_path / "b").exists()
 
 
 def test_reference_of_all_answers_makes_adapters_needless(app, tiny_model, tiny_processor, tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Answers do not depend on batches or interruptions; likelihoods are those of the logits; prompts are as documented."""
 
+import os
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +25,7 @@ from eval_lite import (
     read_answers,
     with_answer,
 )
-from interleave_data import ImagePart, Sample, TextPart
+from interleave_data import FileBytes, ImagePart, Sample, TextPart
 
 
 def _picture(level: int, size: tuple[int, int] = (20, 12)) -> bytes:
@@ -129,6 +130,19 @@ def test_the_fingerprint_changes_with_what_is_asked(asking: Asking) -> None:
     }
     assert len(names) == 7
     assert asking.fingerprint(ITEMS, "m") in names
+
+
+def test_the_fingerprint_changes_with_a_pictures_file(asking: Asking, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    turn = user_turn([ImagePart(FileBytes(str(path)), key="a.png")], "what?")
+    items = [EvalItem(group="g", prompt=Sample(id="q", source="t", turns=(turn,)), answer="red")]
+    names = [asking.fingerprint(items, "m")]
+    for time_ns in (1_000_000, 2_000_000, 2_000_000):
+        path.write_bytes(_picture(1))
+        os.utime(path, ns=(time_ns, time_ns))
+        names.append(asking.fingerprint(items, "m"))
+    assert len(set(names)) == 3
+    assert names[2] == names[3]
 
 
 @pytest.mark.parametrize("manner", ["instruct", "base"])

@@ -95,3 +95,19 @@ def test_predictions_file_has_a_line_each(tmp_path: Path) -> None:
     write_predictions(tmp_path / "a/p.jsonl", [_prediction("a", "é", True)] * 2)
     lines = [json.loads(line) for line in (tmp_path / "a/p.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in lines] == ["é", "é"]
+
+
+def test_predictions_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "p.jsonl"
+    write_predictions(path, [_prediction("a", "red", True)])
+    before = path.read_bytes()
+
+    def torn(target: Path, data: bytes) -> int:
+        with target.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", torn)
+    with pytest.raises(OSError, match="No space"):
+        write_predictions(path, [_prediction("a", "blue", True)] * 2)
+    assert path.read_bytes() == before

@@ -1,15 +1,26 @@
 """Constructed pairs, and the figures of held-out reward accuracy."""
 
 import importlib
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from interleave_data import ImagePart, PreferenceSample, TextPart, Turn
+from interleave_data import (
+    ImagePart,
+    PreferenceSample,
+    Sample,
+    SkipLimits,
+    SkipReason,
+    SkipSample,
+    TextPart,
+    TooManySkips,
+    Turn,
+)
 
 
 @pytest.fixture
@@ -128,8 +139,36 @@ def test_study_compares_question_by_question(tool) -> None:
     assert (colour["after"], colour["lost"], colour["is_below_interval"]) == (0.75, 10, True)
 
 
-def test_study_goes_on_with_what_is_there(tool, tmp_path: Path) -> None:
-    study = tool("train_study")
-    (tmp_path / "dpo/checkpoints").mkdir(parents=True)
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_study_goes_on_with_a_stage_unless_it_came_to_its_end(tool, tmp_path: Path, monkeypatch, is_kept) -> None:
+    study, lines = tool("train_study"), []
+    monkeypatch.setattr(study.subprocess, "run", lambda line, *, check: lines.append(line))
+    checkpoint = tmp_path / "dpo/checkpoints/step-00000100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "MANIFEST.json").write_text(json.dumps({"files": {}, "is_kept": is_kept}))
     (tmp_path / "dpo/checkpoints/latest").write_text("step-00000100\n")
-    assert study.train("dpo", tmp_path / "nowhere", tmp_path / "dpo") == tmp_path / "dpo/checkpoints/step-00000100"
+    assert study.train("dpo", tmp_path / "start", tmp_path / "dpo") == checkpoint
+    # A stopped one leaves a checkpoint too, of fewer steps.
+    assert [line[line.index("--resume") + 1] for line in lines] == ([] if is_kept else ["auto"])
+
+
+def test_samples_that_are_no_pairs_are_told_and_limited(tool, monkeypatch, capsys) -> None:
+    made = tool("train_reward_accuracy")
+
+    class Rows(list):
+        name = "toy"
+
+        def __getitem__(self, index: int) -> object:
+            if index == 1:
+                raise SkipSample(SkipReason.BAD_RECORD, "torn")
+            return super().__getitem__(index)
+
+    rows = Rows([sample(0), sample(1), Sample("2", "toy", ())])
+    monkeypatch.setattr(made, "load_data_file", lambda path: SimpleNamespace(skip_limits=SkipLimits()))
+    monkeypatch.setattr(made, "open_sources", lambda file: [rows])
+    assert [pair.id for pair in made.read_pairs("pairs.toml")] == ["0"]
+    assert capsys.readouterr().err == "left out: bad_record 2\n"
+    limits = SkipLimits(max_share=0.5, min_seen=1)
+    monkeypatch.setattr(made, "load_data_file", lambda path: SimpleNamespace(skip_limits=limits))
+    with pytest.raises(TooManySkips, match=r"toy: expected at most 50\.00% .* got 2 of 3 .* toy:2: bad_record"):
+        made.read_pairs("pairs.toml")

@@ -15,7 +15,8 @@ from typing import Literal
 import msgspec
 
 from blip3_lite import Blip3, EncodedSample, FeatureCache, Processor
-from interleave_data import ImagePart, Sample, Size, SkipReason, SkipSample, TextPart
+from interleave_data import FileBytes, ImagePart, Sample, Size, SkipReason, SkipSample, TextPart
+from interleave_data.samples import SliceBytes
 
 from .answers import Answer, behind_prompt, likeliest, say, sequence_nats
 from .demonstrations import Demonstrations
@@ -195,7 +196,7 @@ class Asking:
 
 
 def _described(prompt: Sample, item: EvalItem) -> bytes:
-    """All that an answer follows from but the pictures' bytes, for which their names stand."""
+    """All that an answer follows from but the pictures' bytes, for which names, and sizes and times of files, stand."""
     turns = [(turn.role, [_part(part) for part in turn.parts]) for turn in prompt.turns]
     return msgspec.json.encode([prompt.id, turns, item.choices, item.candidates])
 
@@ -203,7 +204,19 @@ def _described(prompt: Sample, item: EvalItem) -> bytes:
 def _part(part: TextPart | ImagePart) -> str:
     if isinstance(part, TextPart):
         return f"text {part.text}"
-    return f"picture {part.key}" if part.key else f"picture {sha256(part.read()).hexdigest()}"
+    return f"picture {part.key} {_file_state(part)}" if part.key else f"picture {sha256(part.read()).hexdigest()}"
+
+
+def _file_state(picture: ImagePart) -> str:
+    """Size and time of the file that a picture is read from: another one of the same name is another picture."""
+    if not isinstance(picture.open, FileBytes | SliceBytes):
+        return ""
+    try:
+        status = os.stat(picture.open.path)
+    except OSError:
+        # It is left out now, and asked once it is there.
+        return "absent"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _not_asked(skip: SkipSample) -> Answer:

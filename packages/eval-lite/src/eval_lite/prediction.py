@@ -1,5 +1,6 @@
 """Questions in, predictions out: the same processor and the same decoding as training and chat."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +142,9 @@ def _unanswered(item: EvalItem, skip: SkipSample) -> Prediction:
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write one JSON object a line, in the order of the items."""
+    """Write one JSON object a line, in the order of the items; the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     encoder = msgspec.json.Encoder()
-    path.write_bytes(b"".join(encoder.encode(prediction) + b"\n" for prediction in predictions))
+    work = path.with_name(f".{path.name}.writing")
+    work.write_bytes(b"".join(encoder.encode(prediction) + b"\n" for prediction in predictions))
+    os.replace(work, path)
