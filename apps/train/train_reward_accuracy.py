@@ -12,6 +12,7 @@ stands beside: what the text alone decides.
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +37,7 @@ from train_objectives import answer_log_probs
 from train_stages import merge_adapters
 from train_stream import StageData, base_view_processor
 from train_world import Drawers, WorldSource
-from vlm_metrics import wilson_interval
+from vlm_metrics import bootstrap_interval, wilson_interval
 
 _PAIRS_AT_A_TIME = 16
 
@@ -123,10 +124,19 @@ def margins(policy: Blip3, reference: Blip3, processor: Processor, pairs: Sequen
     return found
 
 
-def _accuracy(found: Sequence[float]) -> dict[str, float]:
+def accuracy(found: Sequence[float], pairs: Sequence[PreferenceSample]) -> dict[str, float]:
+    """Share of margins above 0. Where several pairs are about one picture, the interval takes pictures as drawn."""
+    by_picture: dict[tuple[str, ...], list[bool]] = {}
+    for margin, pair in zip(found, pairs, strict=True):
+        by_picture.setdefault(tuple(image.key for image in pair.images()), []).append(margin > 0)
     right = sum(margin > 0 for margin in found)
     low, high = wilson_interval(right, len(found))
-    return {"value": right / len(found), "low": low, "high": high, "n": len(found)}
+    if len(by_picture) < len(found):
+        groups = list(by_picture.values())
+        _, low, high, _ = bootstrap_interval(
+            groups, random.Random(0), statistic=lambda drawn: sum(map(sum, drawn)) / sum(map(len, drawn))
+        )
+    return {"value": right / len(found), "low": low, "high": high, "n": len(found), "pictures": len(by_picture)}
 
 
 def main() -> None:
@@ -152,8 +162,8 @@ def main() -> None:
     if not pairs:
         sys.exit("pairs: expected at least one, got none; check the data file")
     result = {
-        "reward_accuracy": _accuracy(margins(policy, reference, processor, pairs)),
-        "with_exchanged_pictures": _accuracy(margins(policy, reference, processor, exchanged(pairs))),
+        "reward_accuracy": accuracy(margins(policy, reference, processor, pairs), pairs),
+        "with_exchanged_pictures": accuracy(margins(policy, reference, processor, exchanged(pairs)), pairs),
     }
     for name, figures in result.items():
         print(f"{name}: {figures['value']:.1%} [{figures['low']:.1%}, {figures['high']:.1%}], n = {figures['n']}")

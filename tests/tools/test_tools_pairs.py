@@ -21,6 +21,7 @@ from interleave_data import (
     TooManySkips,
     Turn,
 )
+from vlm_metrics import wilson_interval
 
 
 @pytest.fixture
@@ -98,7 +99,17 @@ def test_margins_are_differences_of_log_ratios_pair_by_pair(tool, monkeypatch) -
     pairs = [PreferenceSample(str(k), "toy", (), str(k), "3") for k in range(40)]
     found = made.margins(3.0, 1.0, Words(), pairs)
     assert found == [2.0 * (k - 3) for k in range(40)]
-    assert made._accuracy(found[:6]) | {"low": 0, "high": 0} == {"value": 2 / 6, "low": 0, "high": 0, "n": 6}
+
+
+def test_reward_accuracys_interval_takes_pictures_as_drawn(tool) -> None:
+    made = tool("train_reward_accuracy")
+    margins = [1.0, 2.0, 0.0, -1.0]
+    alone = made.accuracy(margins, [sample(number) for number in range(4)])
+    low, high = wilson_interval(2, 4)
+    assert alone == {"value": 0.5, "low": low, "high": high, "n": 4, "pictures": 4}
+    # Two pairs a picture, alike: as little is known as from two pairs.
+    twins = made.accuracy(margins, [sample(number // 2) for number in range(4)])
+    assert twins == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 4, "pictures": 2}
 
 
 def test_bench_compares_medians_and_losses(tool) -> None:
