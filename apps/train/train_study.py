@@ -19,16 +19,19 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from blip3_lite import Blip3, FeatureCache, Processor, SamplingConfig, read_manifest
 from eval_lite import Prediction, predict, write_predictions
 from eval_lite.tasks.world import FORBIDDEN, exam_items, forbidden_items, score
 from scene_world import SKILLS
 from train_exam import summarise
+from train_preparation import OWN_ERRORS_FILE
 from train_reward_accuracy import load_merged
 from vlm_metrics import paired_bootstrap, wilson_interval
 
@@ -177,6 +180,11 @@ def main() -> None:
         command += ["--reference", str(args.start), "--world", "2000", "--own-errors", "--json", str(rewards)]
         subprocess.run(command, check=True)
     result = {
+        "command": f"uv run apps/train/train_study.py SFT_CHECKPOINT runs/study --questions {args.questions}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "torch": str(torch.__version__),
+        "pairs": len((args.out / "dpo" / OWN_ERRORS_FILE).read_bytes().splitlines()),
+        "settings": _SETTINGS,
         "table": {name: post_training_row(found) for name, found in predictions.items()},
         "dpo": compare(predictions["sft"], predictions["dpo"]),
         "safety": compare(predictions["dpo"], predictions["safety"]),
