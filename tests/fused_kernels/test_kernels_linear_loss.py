@@ -141,10 +141,10 @@ def test_bf16_is_near_fp64_and_gives_fp32(function):
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("has_units", [True, False])
 def test_bf16_by_blocks_of_the_vocabulary_is_near_fp64(chunk_rows, has_bias, has_units, monkeypatch):
-    from fused_kernels import linear_loss
+    from fused_kernels import linear_loss_chunked
 
     # as on a CPU that multiplies bf16 itself, and on one that does not
-    monkeypatch.setattr(linear_loss, "is_multiplied_by_fp32", lambda x: not has_units)
+    monkeypatch.setattr(linear_loss_chunked, "is_multiplied_by_fp32", lambda x: not has_units)
     hidden, weight, labels, bias = problem(64, 32, 101, torch.bfloat16, ignored=0.0)
     leaves = [hidden, weight, *([bias] if has_bias else [])]
     wide = [x.detach().double().requires_grad_() for x in leaves]

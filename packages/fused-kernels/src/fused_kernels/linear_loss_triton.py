@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import once
-from .linear_loss import both_sides
+from .linear_loss_chunked import both_sides
 from .triton_parts import launch, power_of_two
 
 _CHUNK_ELEMENTS = 1 << 24
