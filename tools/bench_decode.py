@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench_models import demo_joined, random_lm, small_lm, their_lm, their_tower
 from bench_pairs import FloorGauge, Floors, GateError, Pair, agree, clocked
@@ -83,38 +82,6 @@ def products_alone(model: Phi3) -> str:
     return f"its products alone reach {statistics.median(shares):.0%}"
 
 
-class OperationCount(TorchDispatchMode):
-    """Counts what reaches PyTorch's kernels and views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count it, and run it."""
-        self.found += 1
-        return func(*args, **(kwargs or {}))
-
-
-def calls_alone(model: Phi3, prompts: Sequence[Tensor]) -> str:
-    """How many operations a step is, and what as many of the smallest would take."""
-    counts: list[int] = []
-    for num_new in (4, 5):
-        with OperationCount() as count:
-            our_answers(model, prompts, num_new)
-        counts.append(count.found)
-    num_calls = counts[1] - counts[0]
-    one = torch.ones(1)
-
-    @torch.inference_mode()
-    def run() -> None:
-        for _ in range(num_calls):
-            torch.add(one, one)
-
-    least_s = statistics.median(clocked(run)() for _ in range(9))
-    return f"{num_calls} operations a token, as many additions of 1 + 1 take {1e3 * least_s:.2f} ms"
-
-
 def decode_pair(name: str, cfg: Phi3Config, dtype: torch.dtype, lengths: Sequence[int], num_new: int) -> Pair:
     """Answers of a fixed length to random prompts."""
     model = random_lm(cfg, dtype).eval().requires_grad_(False)
@@ -134,7 +101,7 @@ def decode_pair(name: str, cfg: Phi3Config, dtype: torch.dtype, lengths: Sequenc
     def check() -> str:
         gate = same_decoding(model, theirs, prompts, num_new)
         floors = [products_alone(model)] if is_bound_by_memory else []
-        return "; ".join([gate, *floors, calls_alone(model, prompts)])
+        return "; ".join([gate, *floors])
 
     return Pair(
         suite="decode",

@@ -6,6 +6,8 @@ import torch
 
 from phi3_lite import KVCache, Phi3, Phi3Config
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 TINY = Phi3Config(
     vocab_size=37, width=24, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=20, sliding_window=5, init_std=0.2
 )

@@ -10,6 +10,8 @@ import torch
 from phi3_lite import LongRope, Phi3, Phi3Config, SamplingConfig, collect, generate, mini_128k, phi4_mini, phi35_mini
 from phi3_lite.rope import rotary_tables
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 BORDER = 8
 FACTORS = LongRope(short_factors=(1.0, 1.5, 2.0), long_factors=(1.0, 4.0, 9.0), original_max_positions=BORDER)
 TINY = Phi3Config(

@@ -15,6 +15,8 @@ from phi3_lite import (
     penalise_repeats,
 )
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 TINY = Phi3Config(
     vocab_size=23, width=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_width=20, sliding_window=6, init_std=0.4
 )

@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .activations import gelu_tanh as gelu_tanh
     from .activations import swiglu as swiglu
+    from .decoder_stack import DecoderStack as DecoderStack
+    from .decoder_stack import HeldKeys as HeldKeys
+    from .decoder_stack import LayerWeights as LayerWeights
+    from .decoder_stack import decoder_layers as decoder_layers
     from .dense import attention as attention
     from .dense import cached_attention as cached_attention
     from .dense import joint_attention as joint_attention
@@ -35,17 +39,25 @@ if TYPE_CHECKING:
     from .report import backend_report as backend_report
     from .rotary import rotary_embedding as rotary_embedding
     from .rows import replace_rows as replace_rows
+    from .token_step import TokenEnds as TokenEnds
+    from .token_step import decode_tokens as decode_tokens
 
 __all__ = [
     "INT4_GROUP",
     "BackendError",
     "BackendRow",
+    "DecoderStack",
+    "HeldKeys",
+    "LayerWeights",
     "PackPlan",
+    "TokenEnds",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
     "backend_report",
     "cached_attention",
+    "decode_tokens",
+    "decoder_layers",
     "dequantise_int4",
     "dequantise_int8",
     "gelu_tanh",
@@ -74,12 +86,18 @@ _HOMES = {
     "INT4_GROUP": "integers",
     "BackendError": "dispatch",
     "BackendRow": "dispatch",
+    "DecoderStack": "decoder_stack",
+    "HeldKeys": "decoder_stack",
+    "LayerWeights": "decoder_stack",
     "PackPlan": "packed",
     "add_layer_norm": "norms",
     "add_rms_norm": "norms",
     "attention": "dense",
     "backend_report": "report",
     "cached_attention": "dense",
+    "TokenEnds": "token_step",
+    "decode_tokens": "token_step",
+    "decoder_layers": "decoder_stack",
     "dequantise_int4": "integers",
     "dequantise_int8": "integers",
     "gelu_tanh": "activations",

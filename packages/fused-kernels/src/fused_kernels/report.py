@@ -2,7 +2,20 @@
 
 import torch
 
-from . import activations, dense, int_matmul, linear_loss, linear_product, norms, packed, pixels, rotary, rows
+from . import (
+    activations,
+    decoder_stack,
+    dense,
+    int_matmul,
+    linear_loss,
+    linear_product,
+    norms,
+    packed,
+    pixels,
+    rotary,
+    rows,
+    token_step,
+)
 from .dispatch import BackendRow
 
 _OPS = (
@@ -18,6 +31,8 @@ _OPS = (
     dense.JOINT_ATTENTION,
     dense.CACHED_ATTENTION,
     packed.PACKED_ATTENTION,
+    decoder_stack.DECODER_LAYERS,
+    token_step.DECODE_TOKENS,
     linear_loss.LINEAR_CROSS_ENTROPY,
     linear_loss.LINEAR_LOG_PROBS,
     rows.REPLACE_ROWS,

@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fused_kernels import HeldKeys
+
 from .config import Phi3Config
-from .decoding import PlainLayer
+from .decoding import PlainLayers
 
 
 class KVCache:
@@ -43,12 +45,14 @@ class KVCache:
         self.lengths: Int[Tensor, " b"] = torch.zeros(batch, dtype=torch.int64, device=device)
         self.longest = 0
         self.shortest = 0
-        self.layers: list[PlainLayer] | None = None
-        """What is called on a CPU, layer by layer; made anew by each prefill."""
+        self.layers: PlainLayers | None = None
+        """What is called on a CPU; made anew by each prefill."""
+        self.rows: Int[Tensor, " b"] = torch.arange(batch, device=device)
         # head-major, [b, g, s, k]: a head's keys lie together in memory, as a step reads them
         shape = (batch, cfg.num_kv_heads, 0, cfg.head_dim)
         self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(cfg.num_layers)]
         self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(cfg.num_layers)]
+        self._held: HeldKeys | None = None
         self._short = None if cfg.long_rope is None else cfg.long_rope.original_max_positions
         self._inputs: Tensor | None = None
         if self._short is not None:
@@ -69,6 +73,7 @@ class KVCache:
         if positions <= self.capacity:
             return
         capacity = -(-positions // self.block) * self.block
+        self._held = None
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):
                 # zeros, not empty: a masked NaN would still poison a product with its zero weight
@@ -141,6 +146,13 @@ class KVCache:
         """Return views on a layer's keys and values at positions first … end − 1 of all rows, head by head."""
         return self._keys[layer].narrow(2, first, end - first), self._values[layer].narrow(2, first, end - first)
 
+    @property
+    def held(self) -> HeldKeys:
+        """What is held of all layers at once, to be read and written on."""
+        if self._held is None:
+            self._held = HeldKeys(self._keys, self._values)
+        return self._held
+
     def advance(self, counts: Int[Tensor, " b"] | int) -> None:
         """Count newly written positions in, per row or the same for all."""
         self.lengths = self.lengths + counts
@@ -150,9 +162,15 @@ class KVCache:
         else:
             self._measure()
 
+    def count_up(self) -> None:
+        """Count in one new position of each row that `lengths` count already."""
+        self.longest += 1
+        self.shortest += 1
+
     def select(self, rows: Int[Tensor, " c"]) -> None:
         """Keep only these rows, in this order; the way to drop finished ones. Spare blocks are given back."""
-        self.lengths = self.lengths[rows]
+        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
+        self._held = None
         self._measure()
         capacity = -(-self.longest // self.block) * self.block
         for tensors in (self._keys, self._values):

@@ -1,16 +1,17 @@
 """The layers on a CPU without gradients, past the modules: their calls would cost a small model more than its products.
 
-Layer by layer what `model.DecoderLayer` computes. What is no plain matrix, an adapter or integers, is called as it is.
+What `model.DecoderLayer` computes: few tokens by one call for all layers, where each is plain matrices and a kernel for
+that can run; else layer by layer, where what is no plain matrix, an adapter or integers, is called as it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_kernels import linear
+from fused_kernels import DecoderStack, LayerWeights, linear
 from fused_kernels.activations import SWIGLU
 from fused_kernels.norms import RMS_NORM
 
@@ -27,7 +28,7 @@ Addition = Callable[[Tensor, Tensor], Tensor]
 
 
 class PlainLayer(NamedTuple):
-    """A layer as operations that are ready to be called, made once for all steps of an answer."""
+    """A layer as operations that are ready to be called."""
 
     input_norm: Tensor
     qkv: Product
@@ -37,11 +38,34 @@ class PlainLayer(NamedTuple):
     add_down: Addition
 
 
-def plain_layer(
-    input_norm: Tensor, qkv: nn.Module, o: nn.Module, post_norm: Tensor, gate_up: nn.Module, down: nn.Module
-) -> PlainLayer:
-    """Make the products of a layer's matrices."""
-    return PlainLayer(input_norm, _product(qkv), _addition(o), post_norm, _product(gate_up), _addition(down))
+class PlainLayers(NamedTuple):
+    """All layers, made once for all steps of an answer."""
+
+    one_by_one: list[PlainLayer]
+    stack: DecoderStack | None
+    """For one call, with the norm behind them; None where not all are plain matrices, or no kernel takes these."""
+
+
+def plain_layers(
+    weights: Iterable[tuple[Tensor, nn.Module, nn.Module, Tensor, nn.Module, nn.Module]],
+    norm: Tensor,
+    eps: float,
+    window: int | None,
+) -> PlainLayers:
+    """Gather layers, each as weight of a norm, qkv, o, weight of a norm, gate_up and down; `norm` is the last one's."""
+    one_by_one: list[PlainLayer] = []
+    stacked: list[LayerWeights] = []
+    for input_norm, qkv, o, post_norm, gate_up, down in weights:
+        one_by_one.append(
+            PlainLayer(input_norm, _product(qkv), _addition(o), post_norm, _product(gate_up), _addition(down))
+        )
+        matrices = [module.weight for module in (qkv, o, gate_up, down) if type(module) is Projection]
+        if len(matrices) == 4:
+            stacked.append(LayerWeights(input_norm, matrices[0], matrices[1], post_norm, matrices[2], matrices[3]))
+    stack = None
+    if 0 < len(stacked) == len(one_by_one):
+        stack = DecoderStack(stacked, norm, eps=eps, window=window)
+    return PlainLayers(one_by_one, stack if stack is not None and stack.most_tokens else None)
 
 
 def _product(module: nn.Module) -> Product:

@@ -14,21 +14,19 @@ computes the same whatever stands beside it (transformers goes by the longest of
 row that outgrows the original window is filled again by the very `step` or `prefill` that takes it there.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from itertools import pairwise
 from typing import cast
 
 import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fused_kernels import (
+    TokenEnds,
     add_rms_norm,
-    attention,
-    cached_attention,
+    linear,
     packed_attention,
     plan_packing,
     rms_norm,
@@ -36,52 +34,16 @@ from fused_kernels import (
     swiglu,
 )
 
+from . import stepping
 from .cache import KVCache
 from .config import Phi3Config
-from .decoding import Attend, PlainLayer, Turn, pass_through, plain_layer
+from .decoding import Attend, PlainLayers, Turn, plain_layers
+from .documents import document_extents, document_lengths, document_positions
 from .projection import Projection
 from .rope import rotary_tables, rotation_matrices
 
 # Numbers of a rotation's matrix for all tokens, up to which a product with it is ahead of the formula: a few tokens.
 _MOST_MATRIX_ELEMENTS = 1 << 17
-
-
-def document_lengths(cu_seqlens: Int32[Tensor, " bounds"], num_tokens: int) -> list[int]:
-    """Return each document's length, after checking that the bounds cover the `num_tokens` tokens in order.
-
-    Raises:
-        ValueError: the bounds do not begin at 0, do not end at num_tokens or decrease.
-    """
-    bounds: list[int] = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if not lengths or bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths) < 0:
-        raise ValueError(
-            f"cu_seqlens: expected document bounds rising from 0 to the number of tokens {num_tokens}, "
-            f"got {bounds[:8]}{'…' if len(bounds) > 8 else ''} ending at {bounds[-1] if bounds else None}; "
-            "build it as the cumulative sum of the documents' lengths, with a 0 in front"
-        )
-    return lengths
-
-
-def document_positions(cu_seqlens: Int32[Tensor, " bounds"], num_tokens: int) -> Int[Tensor, " t"]:
-    """Return every token's position in its own document: counting restarts at each bound."""
-    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=num_tokens)
-    return torch.arange(num_tokens, device=cu_seqlens.device) - starts
-
-
-def document_extents(positions: Int[Tensor, " t"], cu_seqlens: Int32[Tensor, " bounds"]) -> Int[Tensor, " t"]:
-    """Return for every token the length of its document: one more than the largest position in it."""
-    counts = cu_seqlens.diff().long()
-    documents = torch.repeat_interleave(
-        torch.arange(len(counts), device=positions.device), counts, output_size=len(positions)
-    )
-    largest = positions.new_zeros(len(counts)).scatter_reduce(0, documents, positions, "amax")
-    return largest[documents] + 1
-
-
-def _as_bias(is_hidden: Tensor, like: Tensor) -> Tensor:
-    """0 where a key is seen, -inf where not."""
-    return torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(is_hidden, -torch.inf)
 
 
 class RMSNorm(nn.Module):
@@ -115,7 +77,7 @@ class TokenEmbedding(nn.Embedding):
 
     def project(self, hidden: Float[Tensor, "... d"], bias: Float[Tensor, " v"] | None) -> Float[Tensor, "... v"]:
         """Give the logits of a tied head."""
-        return F.linear(hidden, self.weight, bias)
+        return linear(hidden, self.weight, bias)
 
 
 class Attention(nn.Module):
@@ -175,12 +137,6 @@ class DecoderLayer(nn.Module):
         x, normed = self.post_attention_layernorm(mixed, x)
         return x + self.mlp(normed)
 
-    def plain(self) -> PlainLayer:
-        """Return the layer as operations without modules."""
-        attn, mlp = self.self_attn, self.mlp
-        norms = self.input_layernorm.weight, self.post_attention_layernorm.weight
-        return plain_layer(norms[0], attn.qkv_proj, attn.o_proj, norms[1], mlp.gate_up_proj, mlp.down_proj)
-
 
 class Decoder(nn.Module):
     """Embedding table, layers and final norm: the part of the published model named `model`."""
@@ -211,6 +167,22 @@ class Decoder(nn.Module):
             else:
                 x = layer(x, turn, partial(attend, index))
         return x
+
+    def plain_layers(self) -> PlainLayers:
+        """Return the layers as operations without modules."""
+        layers = cast(Iterable[DecoderLayer], self.layers)
+        weights = (
+            (
+                layer.input_layernorm.weight,
+                layer.self_attn.qkv_proj,
+                layer.self_attn.o_proj,
+                layer.post_attention_layernorm.weight,
+                layer.mlp.gate_up_proj,
+                layer.mlp.down_proj,
+            )
+            for layer in layers
+        )
+        return plain_layers(weights, self.norm.weight, self.cfg.norm_eps, self.cfg.sliding_window)
 
     def turn(self, cos: Float[Tensor, "t r"], sin: Float[Tensor, "t r"]) -> Turn:
         """Return how queries and keys are turned in each layer, for these positions."""
@@ -245,7 +217,7 @@ class Head(nn.Module):
     def project(self, hidden: Float[Tensor, "... d"], bias: Float[Tensor, " v"] | None) -> Float[Tensor, "... v"]:
         """Give the logits; for a head with a weight of its own."""
         assert self.weight is not None
-        return F.linear(hidden, self.weight, bias)
+        return linear(hidden, self.weight, bias)
 
 
 class Phi3(nn.Module):
@@ -342,63 +314,7 @@ class Phi3(nn.Module):
             ValueError: the bounds do not fit the tokens, the number of documents is not that of the rows, or a
                 document is empty.
         """
-        lengths = document_lengths(cu_seqlens, inputs.shape[0])
-        cache.layers = None
-        if len(lengths) != cache.batch:
-            raise ValueError(
-                f"prefill: expected one document for each of the cache's {cache.batch} rows, got {len(lengths)}; "
-                "make the cache with as many rows as there are prompts"
-            )
-        if min(lengths) < 1:
-            raise ValueError(
-                f"prefill: expected at least one token for each row, got none for row {lengths.index(min(lengths))}; "
-                "drop the row or give it a first token"
-            )
-        if cache.shortest == cache.longest and min(lengths) == max(lengths) and self.cfg.long_rope is None:
-            x = self._prefill_evenly(inputs, cu_seqlens, lengths[0], cache)
-            return self.model.norm(x[cu_seqlens[1:].long() - 1])
-        counts = cu_seqlens.diff().long()
-        rows = torch.repeat_interleave(torch.arange(cache.batch, device=inputs.device), counts)
-        offsets = document_positions(cu_seqlens, inputs.shape[0])
-        positions = cache.lengths[rows] + offsets
-        totals = cache.lengths + counts
-        outgrowing = cache.outgrowing(counts)
-        longest = int(totals.max()) if cache.longest else max(lengths)
-        cache.reserve(longest)
-        cache.keep_inputs(rows, positions, inputs)
-        if cache.longest == 0:
-            attend = self._attend_fresh(rows, positions, cu_seqlens, cache)
-        else:
-            attend = self._attend_continued(rows, offsets, positions, max(lengths), longest, cache)
-        x = self._run(inputs, positions, totals[rows], attend, longest, cache)
-        cache.advance(counts)
-        return self._refill(outgrowing, cache, self.model.norm(x[cu_seqlens[1:].long() - 1]))
-
-    def _prefill_evenly(self, inputs: Tensor, cu_seqlens: Tensor, num_new: int, cache: KVCache) -> Tensor:
-        """Append as many tokens to each of rows of one length, as one prompt always is: by copies, without indices."""
-        window, batch, start, end = self.cfg.sliding_window, cache.batch, cache.longest, cache.longest + num_new
-        cache.reserve(end)
-        positions = torch.arange(start, end, device=inputs.device)
-        plan, bias = None, None
-        if start == 0:
-            plan = plan_packing(cu_seqlens)
-        else:
-            seen = torch.arange(end, device=inputs.device)
-            is_hidden = seen > positions[:, None]
-            if window is not None:
-                is_hidden |= seen <= positions[:, None] - window
-            bias = _as_bias(is_hidden, inputs).expand(batch, num_new, end)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.extend(layer, k.view(batch, num_new, *k.shape[1:]), v.view(batch, num_new, *v.shape[1:]))
-            if plan is not None:
-                return packed_attention(q, k, v, cu_seqlens, window=window, plan=plan)
-            keys, values = cache.read(layer, 0, end)
-            return cached_attention(q.view(batch, num_new, *q.shape[1:]), keys, values, bias=bias).flatten(0, 1)
-
-        x = self._run(inputs, positions.repeat(batch), None, attend, end, cache)
-        cache.advance(num_new)
-        return x
+        return stepping.prefill(self, inputs, cu_seqlens, cache)
 
     def step(self, inputs: Float[Tensor, "b d"], cache: KVCache) -> Float[Tensor, "b d"]:
         """Append one token to each row of the cache; return the hidden states, after the final norm.
@@ -406,89 +322,21 @@ class Phi3(nn.Module):
         Rows that thereby outgrow the original window of long-context scaling are filled again: for them this one step
         costs a prefill.
         """
-        positions = cache.lengths
-        end = cache.longest + 1
-        outgrowing = cache.outgrowing(1)
-        cache.reserve(end)
-        window = self.cfg.sliding_window
-        first = 0 if window is None else max(0, cache.shortest + 1 - window)
-        bias = None
-        # rows of one length all see first … end − 1, window or not
-        if cache.shortest != cache.longest:
-            seen = torch.arange(first, end, device=inputs.device)
-            is_hidden = seen > positions[:, None]
-            if window is not None:
-                is_hidden |= seen <= positions[:, None] - window
-            bias = _as_bias(is_hidden, inputs)[:, None]
-        if cache.keeps_inputs:
-            cache.keep_inputs(torch.arange(cache.batch, device=inputs.device), positions, inputs)
-        extents = None if self.cfg.long_rope is None else positions + 1
+        return stepping.step(self, inputs, cache)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.append(layer, k, v)
-            keys, values = cache.read(layer, first, end)
-            return cached_attention(q[:, None], keys, values, bias=bias)[:, 0]
+    def next_logits(
+        self, tokens: Int[Tensor, " b"], cache: KVCache
+    ) -> tuple[Float[Tensor, "b v"], Int[Tensor, " b"] | None]:
+        """Append a token to each row, as `logits(step(embed(tokens), cache))`.
 
-        x = self._run(inputs, positions, extents, attend, end, cache)
-        cache.advance(1)
-        return self._refill(outgrowing, cache, self.model.norm(x))
+        With the logits come the likeliest tokens, where they are known already: on a CPU one call may do it all.
+        """
+        return stepping.next_logits(self, tokens, cache)
 
-    def _run(
-        self, x: Tensor, positions: Tensor, extents: Tensor | None, attend: Attend, end: int, cache: KVCache
-    ) -> Tensor:
-        """Take tokens through the layers, on a CPU past the modules; `extents` and `end` as in `rotary_tables`."""
-        has_gradient = torch.is_grad_enabled()
-        # a process that holds a part of each weight gathers them module by module
-        is_whole = len(self.model.norm.weight) == self.cfg.width
-        if x.device.type != "cpu" or has_gradient or torch.is_autocast_enabled("cpu") or not is_whole:
-            return self.model(x, positions, extents, attend, end=end)
-        if cache.layers is None:
-            cache.layers = [cast(DecoderLayer, layer).plain() for layer in self.model.layers]
-        turn = self.model.turn(*rotary_tables(self.cfg, positions, extents, end))
-        return pass_through(cache.layers, x, turn, attend, self.cfg.head_dim, self.cfg.norm_eps)
-
-    def _refill(self, outgrown: list[int], cache: KVCache, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """Fill rows that have outgrown the original window again, all of their tokens; replace their hidden states."""
-        if not outgrown:
-            return hidden
-        chosen = torch.tensor(outgrown, device=hidden.device)
-        lengths: list[int] = cache.lengths[chosen].tolist()
-        inputs = torch.cat([cache.kept_inputs(row, length) for row, length in zip(outgrown, lengths, strict=True)])
-        cu_seqlens = torch.tensor([0, *lengths], device=hidden.device).cumsum(0).int()
-        rows = torch.repeat_interleave(chosen, cache.lengths[chosen])
-        positions = document_positions(cu_seqlens, len(inputs))
-        attend = self._attend_fresh(rows, positions, cu_seqlens, cache)
-        x = self._run(inputs, positions, cache.lengths[rows], attend, cache.longest, cache)
-        return hidden.index_copy(0, chosen, self.model.norm(x[cu_seqlens[1:].long() - 1]).to(hidden.dtype))
-
-    def _attend_fresh(self, rows: Tensor, positions: Tensor, cu_seqlens: Tensor, cache: KVCache) -> Attend:
-        """Write from position 0 on, over whatever is there; the new tokens see only each other."""
-        plan = plan_packing(cu_seqlens)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.write(layer, rows, positions, k, v)
-            return packed_attention(q, k, v, cu_seqlens, window=self.cfg.sliding_window, plan=plan)
-
-        return attend
-
-    def _attend_continued(
-        self, rows: Tensor, offsets: Tensor, positions: Tensor, longest_new: int, end: int, cache: KVCache
-    ) -> Attend:
-        """Write behind what the rows hold; the new tokens see both. Queries are padded to [b, longest_new]."""
-        padded_positions = torch.full((cache.batch, longest_new), -1, device=rows.device)
-        padded_positions[rows, offsets] = positions
-        seen = torch.arange(end, device=rows.device)
-        # a padded query sees key 0, for a row without any key would come out as NaN
-        mask = seen <= padded_positions.clamp(min=0)[:, :, None]
-        if self.cfg.sliding_window is not None:
-            mask &= seen > padded_positions[:, :, None] - self.cfg.sliding_window
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.write(layer, rows, positions, k, v)
-            keys, values = cache.read(layer, 0, end)
-            padded = q.new_zeros((cache.batch, longest_new, *q.shape[1:]))
-            padded[rows, offsets] = q
-            mixed = attention(padded, keys.transpose(1, 2), values.transpose(1, 2), mask=mask)
-            return mixed[rows, offsets]
-
-        return attend
+    @property
+    def ends(self) -> TokenEnds | None:
+        """Embedding and head, where they are plain matrices."""
+        embedding, head = self.model.embed_tokens, self.lm_head
+        if type(embedding) is not TokenEmbedding or type(head) is not Head:
+            return None
+        return TokenEnds(embedding.weight, self.head_weight, head.bias)

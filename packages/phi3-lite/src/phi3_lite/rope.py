@@ -35,9 +35,7 @@ def rotary_tables(
     if cfg.long_rope is None:
         if end is None:
             return _turns(positions, cfg.rotary_dim, cfg.rope_theta)
-        # doubled each time it is outgrown
-        num_kept = max(_FEWEST_KEPT, 1 << (end - 1).bit_length())
-        cos, sin = _kept_turns(num_kept, cfg.rotary_dim, cfg.rope_theta, positions.device)
+        cos, sin = kept_tables(cfg, end, positions.device)
         return cos[positions], sin[positions]
     if extents is None:
         raise ValueError("rotary_tables: expected extents with long-context scaling, got None; give each token's")
@@ -46,6 +44,13 @@ def rotary_tables(
     is_long = extents > cfg.long_rope.original_max_positions
     angles = positions[:, None].float() * (1.0 / (factors * cfg.rope_theta**exponents))[is_long.long()]
     return angles.cos() * cfg.rotary_scale, angles.sin() * cfg.rotary_scale
+
+
+def kept_tables(cfg: Phi3Config, end: int, device: torch.device) -> tuple[Float[Tensor, "p r"], Float[Tensor, "p r"]]:
+    """Return the tables of all positions below `end`, and beyond, made once; without long-context scaling only."""
+    # doubled each time it is outgrown
+    num_kept = max(_FEWEST_KEPT, 1 << (end - 1).bit_length())
+    return _kept_turns(num_kept, cfg.rotary_dim, cfg.rope_theta, device)
 
 
 def _turns(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Next-token choice and the decoding loop."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Int32
@@ -96,7 +96,7 @@ def generate(
     if sampling.repetition_penalty != 1:
         seen = _seen_table(prompt_ids, batch, model.cfg.vocab_size).to(device)
     cache = model.new_cache(batch) if cache is None else cache
-    hidden = model.prefill(inputs, cu_seqlens, cache)
+    logits, likeliest = model.logits(model.prefill(inputs, cu_seqlens, cache)), None
     # rows[j] is the caller's row that stands at place j of the cache
     rows = torch.arange(batch, device=device)
     is_finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -108,10 +108,11 @@ def generate(
             draw_device = device if generator is None else generator.device
             # always one for each of the caller's rows, so that dropping rows does not shift the stream
             uniform = torch.rand(batch, generator=generator, device=draw_device).to(device)[rows]
-        logits = model.logits(hidden)
         if seen is not None:
+            likeliest = None
             logits = penalise_repeats(logits, seen[rows], sampling.repetition_penalty)
-        chosen = choose_tokens(logits, sampling, uniform)
+        is_chosen = sampling.temperature == 0 and likeliest is not None
+        chosen = cast(Tensor, likeliest) if is_chosen else choose_tokens(logits, sampling, uniform)
         margins = None
         if with_margins:
             first, second = logits.float().topk(2, dim=-1).values.unbind(-1)
@@ -141,7 +142,7 @@ def generate(
             kept = (~is_finished[rows]).nonzero()[:, 0]
             cache.select(kept)
             rows, chosen = rows[kept], chosen[kept]
-        hidden = model.step(model.embed(chosen), cache)
+        logits, likeliest = model.next_logits(chosen, cache)
 
 
 def collect(steps: Iterator[GenerationStep]) -> list[list[int]]:
