@@ -29,6 +29,11 @@ def bytes_per_token(model: Phi3, positions: int) -> int:
     return weights + 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * positions * itemsize
 
 
+def num_in_layers(model: Phi3) -> int:
+    """Weights that each token of a prompt is multiplied with; the head meets but the last one."""
+    return sum(weight.numel() for weight in model.model.layers.parameters())
+
+
 def our_answers(model: Phi3, prompts: Sequence[Tensor], num_new: int) -> list[list[int]]:
     """Greedy, a ragged batch without padding."""
     bounds = torch.tensor([0, *map(len, prompts)]).cumsum(0).int()
@@ -92,11 +97,13 @@ def decode_pair(name: str, cfg: Phi3Config, dtype: torch.dtype, lengths: Sequenc
     theirs.generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(4)
     prompts = [torch.randint(3, cfg.vocab_size, (length,), generator=generator) for length in lengths]
-    read = num_new * bytes_per_token(model, max(lengths) + num_new // 2)
-    is_bound_by_memory = len(lengths) == 1 and read / num_new > 3e7
+    per_token = bytes_per_token(model, max(lengths) + num_new // 2)
+    is_bound_by_memory = len(lengths) == 1 and per_token > 3e7
 
     def least_s(floors: Floors) -> float:
-        return read / floors.copy_bytes_per_s
+        # the first token comes with the prompt, which is bound by its products
+        prompt_s = 2 * sum(lengths) * num_in_layers(model) / floors.flops_per_s
+        return prompt_s + (num_new - 1) * per_token / floors.copy_bytes_per_s
 
     def check() -> str:
         gate = same_decoding(model, theirs, prompts, num_new)

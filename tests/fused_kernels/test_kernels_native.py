@@ -183,10 +183,11 @@ def test_the_likeliest_of_equals_is_the_first_and_nan_is_above_all(dtype: torch.
     case.stack.norm.zero_()
     ids, lengths = torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0])
     ends = _ends(case, 100, has_bias=True)
-    assert ends.bias is not None
+    held_bias = ends.bias
+    assert held_bias is not None
 
     def likeliest(bias: Tensor) -> list[int]:
-        ends.bias[:] = bias.to(dtype)
+        held_bias[:] = bias.to(dtype)
         with torch.no_grad():
             tables = case.cos, case.sin
             return decode_tokens(ids, case.stack, ends, case.held(), *tables, lengths.clone(), backend="native")[
@@ -304,8 +305,11 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="expected int64"):
         decoder_layers(case.x, case.stack, held, case.cos, case.sin, *(place.int() for place in places))
     ends, ids = _ends(case, 61, has_bias=False), torch.tensor([1, 2, 3])
+    narrow = TokenEnds(ends.embedding[:, 1:], ends.head[:, 1:], None)
+    with pytest.raises(ValueError, match=r"3 rows and \[v, 33\]"):
+        decode_tokens(ids, case.stack, narrow, held, case.cos, case.sin, ids)
     with pytest.raises(ValueError, match="give those of one model"):
-        decode_tokens(ids, case.stack, ends._replace(head=ends.head[:, 1:]), held, case.cos, case.sin, ids)
+        TokenEnds(ends.embedding, ends.head, torch.zeros(60))
     with pytest.raises(ValueError, match="each of 3 rows"):
         decode_tokens(ids[1:], case.stack, ends, held, case.cos, case.sin, ids[1:])
 

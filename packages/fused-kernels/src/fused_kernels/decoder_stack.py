@@ -16,19 +16,13 @@ from torch import Tensor
 from .activations import swiglu
 from .dense import cached_attention
 from .dispatch import Backend, Op
-from .linear_product import lacks_half_units
 from .native import call_native, refuse_native
 from .norms import rms_norm
 from .rotary import rotary_embedding
 
-
-def _most_tokens(dtype: torch.dtype) -> int:
-    """Up to so many tokens the kernel is ahead; beyond, oneDNN's blocks, which make use of a cache.
-
-    384 → 2,048 in fp32 on two AVX-512 cores: 32 tokens take oneDNN half as long again, 64 half the time. In bf16, which
-    those cores do not multiply, 64 tokens take it a sixth longer.
-    """
-    return 128 if dtype == torch.bfloat16 and lacks_half_units() else 32
+# Beyond, oneDNN's blocks, which make use of a cache, are ahead: 384 → 2,048 in fp32 on two AVX-512 cores takes them
+# half as long again for 32 tokens, and half the time for 64.
+_MOST_TOKENS = 32
 
 
 class LayerWeights(NamedTuple):
@@ -46,11 +40,22 @@ class LayerWeights(NamedTuple):
     """e = f / 2"""
 
 
+def kind_of(tensors: Sequence[Tensor]) -> tuple[torch.device, torch.dtype] | None:
+    """Return device and dtype of tensors that all have these and lie row by row in memory, else None."""
+    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+    return kinds.pop() if len(kinds) == 1 and all(tensor.is_contiguous() for tensor in tensors) else None
+
+
 class DecoderStack:
     """The weights of all layers, gathered once for many calls. A weight that is moved later is not seen."""
 
     def __init__(
-        self, layers: Sequence[LayerWeights], norm: Float[Tensor, " d"], *, eps: float, window: int | None = None
+        self,
+        layers: Sequence[LayerWeights],
+        norm: Float[Tensor, " d"],
+        *,
+        eps: float,
+        window: int | None = None,
     ) -> None:
         """Gather them.
 
@@ -68,8 +73,7 @@ class DecoderStack:
                 f"{[tuple(shape) for shape in found[0]] if found else None}; give the fused matrices as they are stored"
             )
         weights = [*(weight for layer in layers for weight in layer), norm]
-        kinds = {(weight.device, weight.dtype) for weight in weights}
-        self.kind = kinds.pop() if len(kinds) == 1 and all(weight.is_contiguous() for weight in weights) else None
+        self.kind = kind_of(weights)
         """Device and dtype that all weights have, row by row in memory; None where they differ."""
         self.addresses = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
         self.width, self.width_qkv, self.width_o, self.width_mlp = (
@@ -82,7 +86,7 @@ class DecoderStack:
         """Up to so many tokens `decoder_layers` runs a kernel; 0: it has but its reference for these weights."""
         if self.kind is None or DECODER_LAYERS.choose("auto", *self.kind) is decoder_layers_reference:
             return 0
-        return _most_tokens(self.kind[1])
+        return _MOST_TOKENS
 
 
 def _expected_shapes(layer: LayerWeights) -> tuple[torch.Size, ...]:
@@ -108,9 +112,7 @@ class HeldKeys:
                 f"of {sorted(map(tuple, shapes))}; give both for each layer"
             )
         self.batch, self.num_groups, self.capacity, self.head_dim = shapes.pop()
-        kinds = {(layer.device, layer.dtype) for layer in (*keys, *values)}
-        is_plain = all(layer.is_contiguous() for layer in (*keys, *values))
-        self.kind = kinds.pop() if len(kinds) == 1 and is_plain else None
+        self.kind = kind_of([*keys, *values])
         """Device and dtype that all have, head by head in memory; None where they differ."""
         addresses = ctypes.c_void_p * len(keys)
         self.key_addresses = addresses(*(layer.data_ptr() for layer in keys))
@@ -173,15 +175,26 @@ def _outside(held: HeldKeys, cos: Tensor, angles: Tensor, rows: Tensor, position
     )
 
 
-def refuse_native_layers(
+def _refuse_native_call(
     x: Tensor, stack: DecoderStack, held: HeldKeys, cos: Tensor, sin: Tensor, *_: object
+) -> str | None:
+    return refuse_native_layers(len(x), (x.device, x.dtype), stack, held, cos, sin)
+
+
+def refuse_native_layers(
+    num_tokens: int,
+    kind: tuple[torch.device, torch.dtype],
+    stack: DecoderStack,
+    held: HeldKeys,
+    cos: Tensor,
+    sin: Tensor,
 ) -> str | None:
     """Refuse what the kernel is not written for, or is no gain for."""
     if torch.is_grad_enabled():
         return "it has no backward pass; call it within torch.no_grad()"
-    if not 0 < len(x) <= _most_tokens(x.dtype):
-        return f"it is for 1 to {_most_tokens(x.dtype)} tokens, got {len(x)}"
-    if not (x.device, x.dtype) == stack.kind == held.kind:
+    if not 0 < num_tokens <= _MOST_TOKENS:
+        return f"it is for 1 to {_MOST_TOKENS} tokens, got {num_tokens}"
+    if not kind == stack.kind == held.kind:
         return "it needs weights, keys and values that lie row by row, all of x's device and dtype"
     if not cos.dtype == sin.dtype == torch.float32:
         return "it needs cosine and sine in fp32"
@@ -230,7 +243,7 @@ DECODER_LAYERS = Op(
         _decoder_layers_native,
         "C++, all layers in one call",
         refuse_native,
-        refuse_native_layers,
+        _refuse_native_call,
     ),
     Backend("reference", decoder_layers_reference, "layer by layer in plain PyTorch"),
 )

@@ -1,7 +1,6 @@
 """A decoding step in one call: a token for each row of a cache, from its id to the logits behind it."""
 
 import ctypes
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from .decoder_stack import (
     HeldKeys,
     check_held,
     decoder_layers_reference,
+    kind_of,
     native_sizes,
     refuse_native_layers,
 )
@@ -20,24 +20,37 @@ from .dispatch import Backend, Op
 from .native import call_native, refuse_native
 
 
-class TokenEnds(NamedTuple):
-    """What stands before the layers and behind them."""
-
-    embedding: Float[Tensor, "v d"]
-    head: Float[Tensor, "v d"]
-    bias: Float[Tensor, " v"] | None
-
-
-class _Ends(ctypes.Structure):
+class _Addresses(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_void_p) for name in ("embedding", "head", "bias")), ("vocab_size", ctypes.c_int64)]
+
+
+class TokenEnds:
+    """What stands before the layers and behind them, gathered once for many calls."""
+
+    def __init__(self, embedding: Float[Tensor, "v d"], head: Float[Tensor, "v d"], bias: Tensor | None) -> None:
+        """Gather it; bias: [v].
+
+        Raises:
+            ValueError: the shapes do not fit each other.
+        """
+        if embedding.shape != head.shape or (bias is not None and bias.shape != head.shape[:1]):
+            raise ValueError(
+                f"embedding, head and bias: expected [v, d], [v, d] and [v] or None, got {tuple(embedding.shape)}, "
+                f"{tuple(head.shape)} and {None if bias is None else tuple(bias.shape)}; give those of one model"
+            )
+        self.embedding, self.head, self.bias = embedding, head, bias
+        weights = [embedding, head] if bias is None else [embedding, head, bias]
+        self.kind = kind_of(weights)
+        """Device and dtype that all have, row by row in memory; None where they differ."""
+        bias_address = None if bias is None else bias.data_ptr()
+        self.addresses = _Addresses(embedding.data_ptr(), head.data_ptr(), bias_address, len(head))
 
 
 def _decode_tokens_native(
     ids: Tensor, stack: DecoderStack, ends: TokenEnds, held: HeldKeys, cos: Tensor, sin: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    embedding, head, bias = ends
+    head = ends.head
     sizes = native_sizes(len(ids), stack, held, cos)
-    addresses = _Ends(embedding.data_ptr(), head.data_ptr(), None if bias is None else bias.data_ptr(), len(head))
     cos, sin, ids = cos.contiguous(), sin.contiguous(), ids.contiguous()
     logits, likeliest = head.new_empty(len(ids), len(head)), torch.empty_like(ids)
     is_outside = call_native(
@@ -50,7 +63,7 @@ def _decode_tokens_native(
         ctypes.addressof(held.value_addresses),
         cos.data_ptr(),
         sin.data_ptr(),
-        ctypes.addressof(addresses),
+        ctypes.addressof(ends.addresses),
         ids.data_ptr(),
         lengths.data_ptr(),
         logits.data_ptr(),
@@ -73,12 +86,9 @@ def _outside_tokens(ids: Tensor, ends: TokenEnds, held: HeldKeys, cos: Tensor, l
 def _refuse_native_tokens(
     ids: Tensor, stack: DecoderStack, ends: TokenEnds, held: HeldKeys, cos: Tensor, sin: Tensor, lengths: Tensor
 ) -> str | None:
-    tensors = [weight for weight in ends if weight is not None]
-    if any((weight.device, weight.dtype) != stack.kind or not weight.is_contiguous() for weight in tensors):
-        return "it needs an embedding and a head that lie row by row, of the layers' device and dtype"
-    if not lengths.is_contiguous():
-        return "it needs lengths that lie one by one"
-    return refuse_native_layers(ends.embedding[: len(ids)], stack, held, cos, sin)
+    if ends.kind is None or not lengths.is_contiguous():
+        return "it needs embedding and head of one device and dtype, and lengths, that lie row by row"
+    return refuse_native_layers(len(ids), ends.kind, stack, held, cos, sin)
 
 
 def _decode_tokens_reference(
@@ -122,13 +132,10 @@ def decode_tokens(
         BackendError: if `backend` is unknown or cannot run.
     """
     check_held(stack, held, cos, sin)
-    shape, bias = ends.embedding.shape, ends.bias
-    fits_ends = ends.head.shape == shape == (shape[0], stack.width) and (bias is None or bias.shape == shape[:1])
-    if not fits_ends or ids.shape != (held.batch,) or lengths.shape != (held.batch,):
+    if ends.head.shape[1] != stack.width or ids.shape != (held.batch,) or lengths.shape != (held.batch,):
         raise ValueError(
-            f"tokens of decode_tokens: expected ids and lengths for each of {held.batch} rows, embedding and head [v, "
-            f"{stack.width}], bias [v] or None, got {tuple(ids.shape)}, {tuple(lengths.shape)}, {tuple(shape)}, "
-            f"{tuple(ends.head.shape)} and {None if bias is None else tuple(bias.shape)}; give those of one model"
+            f"ids, lengths and head: expected one for each of {held.batch} rows and [v, {stack.width}], got "
+            f"{tuple(ids.shape)}, {tuple(lengths.shape)} and {tuple(ends.head.shape)}; give those of one model"
         )
     if not ids.dtype == lengths.dtype == torch.int64:
         raise ValueError(f"ids and lengths: expected int64, got {ids.dtype} and {lengths.dtype}; convert them")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_kernels import DecoderStack, LayerWeights, linear
+from fused_kernels import DecoderStack, LayerWeights, TokenEnds, linear
 from fused_kernels.activations import SWIGLU
 from fused_kernels.norms import RMS_NORM
 
@@ -44,6 +44,8 @@ class PlainLayers(NamedTuple):
     one_by_one: list[PlainLayer]
     stack: DecoderStack | None
     """For one call, with the norm behind them; None where not all are plain matrices, or no kernel takes these."""
+    ends: TokenEnds | None
+    """Embedding and head, for a call from token to token; None where they are no plain matrices."""
 
 
 def plain_layers(
@@ -51,6 +53,7 @@ def plain_layers(
     norm: Tensor,
     eps: float,
     window: int | None,
+    ends: TokenEnds | None,
 ) -> PlainLayers:
     """Gather layers, each as weight of a norm, qkv, o, weight of a norm, gate_up and down; `norm` is the last one's."""
     one_by_one: list[PlainLayer] = []
@@ -65,7 +68,7 @@ def plain_layers(
     stack = None
     if 0 < len(stacked) == len(one_by_one):
         stack = DecoderStack(stacked, norm, eps=eps, window=window)
-    return PlainLayers(one_by_one, stack if stack is not None and stack.most_tokens else None)
+    return PlainLayers(one_by_one, stack if stack is not None and stack.most_tokens else None, ends)
 
 
 def _product(module: nn.Module) -> Product:

@@ -168,22 +168,6 @@ class Decoder(nn.Module):
                 x = layer(x, turn, partial(attend, index))
         return x
 
-    def plain_layers(self) -> PlainLayers:
-        """Return the layers as operations without modules."""
-        layers = cast(Iterable[DecoderLayer], self.layers)
-        weights = (
-            (
-                layer.input_layernorm.weight,
-                layer.self_attn.qkv_proj,
-                layer.self_attn.o_proj,
-                layer.post_attention_layernorm.weight,
-                layer.mlp.gate_up_proj,
-                layer.mlp.down_proj,
-            )
-            for layer in layers
-        )
-        return plain_layers(weights, self.norm.weight, self.cfg.norm_eps, self.cfg.sliding_window)
-
     def turn(self, cos: Float[Tensor, "t r"], sin: Float[Tensor, "t r"]) -> Turn:
         """Return how queries and keys are turned in each layer, for these positions."""
         h, g, head_dim = self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
@@ -333,10 +317,21 @@ class Phi3(nn.Module):
         """
         return stepping.next_logits(self, tokens, cache)
 
-    @property
-    def ends(self) -> TokenEnds | None:
-        """Embedding and head, where they are plain matrices."""
-        embedding, head = self.model.embed_tokens, self.lm_head
-        if type(embedding) is not TokenEmbedding or type(head) is not Head:
-            return None
-        return TokenEnds(embedding.weight, self.head_weight, head.bias)
+    def plain_layers(self) -> PlainLayers:
+        """Return layers, norm, embedding and head as operations without modules."""
+        cfg, embedding, head = self.cfg, self.model.embed_tokens, self.lm_head
+        weights = (
+            (
+                layer.input_layernorm.weight,
+                layer.self_attn.qkv_proj,
+                layer.self_attn.o_proj,
+                layer.post_attention_layernorm.weight,
+                layer.mlp.gate_up_proj,
+                layer.mlp.down_proj,
+            )
+            for layer in cast(Iterable[DecoderLayer], self.model.layers)
+        )
+        ends = None
+        if type(embedding) is TokenEmbedding and type(head) is Head:
+            ends = TokenEnds(embedding.weight, self.head_weight, head.bias)
+        return plain_layers(weights, self.model.norm.weight, cfg.norm_eps, cfg.sliding_window, ends)

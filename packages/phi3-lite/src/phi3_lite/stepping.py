@@ -117,15 +117,18 @@ def next_logits(
 ) -> tuple[Float[Tensor, "b v"], Int[Tensor, " b"] | None]:
     """As `Phi3.next_logits`."""
     layers = _plain_layers(model, tokens.device, cache)
-    ends = model.ends
-    if layers is None or layers.stack is None or ends is None or model.cfg.long_rope is not None:
-        return model.logits(step(model, model.embed(tokens), cache)), None
-    if len(tokens) > layers.stack.most_tokens:
+    if (
+        layers is None
+        or layers.stack is None
+        or layers.ends is None
+        or len(tokens) > layers.stack.most_tokens
+        or model.cfg.long_rope is not None
+    ):
         return model.logits(step(model, model.embed(tokens), cache)), None
     end = cache.longest + 1
     cache.reserve(end)
     tables = kept_tables(model.cfg, end, tokens.device)
-    found = decode_tokens(tokens, layers.stack, ends, cache.held, *tables, cache.lengths)
+    found = decode_tokens(tokens, layers.stack, layers.ends, cache.held, *tables, cache.lengths)
     cache.count_up()
     return found
 
@@ -164,12 +167,11 @@ def _run(
 
 def _plain_layers(model: "Phi3", device: torch.device, cache: KVCache) -> PlainLayers | None:
     """Return what is called on a CPU in place of the modules; None where these are."""
-    # a process that holds a part of each weight gathers them module by module
-    is_whole = len(model.model.norm.weight) == model.cfg.width
-    if device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not is_whole:
+    if device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    if cache.layers is None:
-        cache.layers = model.model.plain_layers()
+    # a process that holds a part of each weight gathers them module by module
+    if cache.layers is None and len(model.model.norm.weight) == model.cfg.width:
+        cache.layers = model.plain_layers()
     return cache.layers
 
 
