@@ -14,7 +14,7 @@ from bench_models import demo_joined, random_lm, small_lm, their_lm, their_tower
 from bench_pairs import FloorGauge, Floors, GateError, Pair, agree, clocked
 from blip3_lite import Blip3, ChatMemory, EncodedSample, generate_steps
 from fused_kernels import linear
-from phi3_lite import Phi3, Phi3Config, SamplingConfig, collect, generate, lay_out_for_decoding
+from phi3_lite import GenerationStep, Phi3, Phi3Config, SamplingConfig, collect, generate, lay_out_for_decoding
 from siglip_lite import SiglipVision, so400m_patch14_384
 
 _PROMPT, _NEW = 64, 128
@@ -29,17 +29,17 @@ def bytes_per_token(model: Phi3, positions: int) -> int:
     return weights + 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * positions * itemsize
 
 
-def num_in_layers(model: Phi3) -> int:
-    """Weights that each token of a prompt is multiplied with; the head meets but the last one."""
-    return sum(weight.numel() for weight in model.model.layers.parameters())
-
-
-def our_answers(model: Phi3, prompts: Sequence[Tensor], num_new: int) -> list[list[int]]:
+def our_steps(model: Phi3, prompts: Sequence[Tensor], num_new: int) -> Iterator[GenerationStep]:
     """Greedy, a ragged batch without padding."""
     bounds = torch.tensor([0, *map(len, prompts)]).cumsum(0).int()
     with torch.inference_mode():
         inputs = model.embed(torch.cat(list(prompts)))
-    return collect(generate(model, inputs, bounds, SamplingConfig(max_new_tokens=num_new)))
+    return generate(model, inputs, bounds, SamplingConfig(max_new_tokens=num_new))
+
+
+def our_answers(model: Phi3, prompts: Sequence[Tensor], num_new: int) -> list[list[int]]:
+    """The tokens of all steps."""
+    return collect(our_steps(model, prompts, num_new))
 
 
 def their_answers(theirs: torch.nn.Module, prompts: Sequence[Tensor], num_new: int) -> list[list[int]]:
@@ -100,10 +100,20 @@ def decode_pair(name: str, cfg: Phi3Config, dtype: torch.dtype, lengths: Sequenc
     per_token = bytes_per_token(model, max(lengths) + num_new // 2)
     is_bound_by_memory = len(lengths) == 1 and per_token > 3e7
 
+    behind_first = [0.0]
+
+    def ours() -> float:
+        start = time.perf_counter()
+        steps = our_steps(model, prompts, num_new)
+        next(steps)
+        first = time.perf_counter()
+        collect(steps)
+        end = time.perf_counter()
+        behind_first[0] = end - first
+        return end - start
+
     def least_s(floors: Floors) -> float:
-        # the first token comes with the prompt, which is bound by its products
-        prompt_s = 2 * sum(lengths) * num_in_layers(model) / floors.flops_per_s
-        return prompt_s + (num_new - 1) * per_token / floors.copy_bytes_per_s
+        return (num_new - 1) * per_token / floors.copy_bytes_per_s
 
     def check() -> str:
         gate = same_decoding(model, theirs, prompts, num_new)
@@ -116,10 +126,12 @@ def decode_pair(name: str, cfg: Phi3Config, dtype: torch.dtype, lengths: Sequenc
         peer="transformers generate",
         unit="tokens/s",
         amount=num_new * len(lengths),
-        ours=clocked(partial(our_answers, model, prompts, num_new)),
+        ours=ours,
         theirs=clocked(partial(their_answers, theirs, prompts, num_new)),
         check=check,
         least_s=least_s if is_bound_by_memory else None,
+        # the first token comes with the prompt, which is bound by its products
+        held_s=lambda: behind_first[0],
     )
 
 

@@ -86,6 +86,8 @@ class Pair:
     """Of what the unit counts, how much is done at once."""
     least_s: Callable[[Floors], float] | None = None
     """Seconds that ours would take at the floor."""
+    held_s: Callable[[], float] | None = None
+    """Seconds of the last run of ours that are held against the floor; None: all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +168,7 @@ def compare(pair: Pair, gauge: FloorGauge, rounds: int) -> Row:
         for run, seconds in sides[:: 1 if turn % 2 == 0 else -1]:
             seconds.append(run())
         if pair.least_s is not None:
-            shares.append(pair.least_s(floors) / ours[-1])
+            shares.append(pair.least_s(floors) / (ours[-1] if pair.held_s is None else pair.held_s()))
     in_unit = (lambda s: 1e3 * s) if pair.unit == "ms" else (lambda s: pair.amount / s)
     return Row(
         suite=pair.suite,

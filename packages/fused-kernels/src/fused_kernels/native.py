@@ -20,7 +20,7 @@ import torch
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # products and sums are fused in every loop alike, and are not put into another order
 _FLAGS = (
-    *("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fopenmp", "-shared", "-fPIC"),
 )
 _COMPILERS = ("c++", "g++", "clang++")

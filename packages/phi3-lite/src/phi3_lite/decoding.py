@@ -4,7 +4,8 @@ What `model.DecoderLayer` computes: few tokens by one call for all layers, where
 that can run; else layer by layer, where what is no plain matrix, an adapter or integers, is called as it is.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -38,37 +39,51 @@ class PlainLayer(NamedTuple):
     add_down: Addition
 
 
-class PlainLayers(NamedTuple):
+class LayerParts(NamedTuple):
+    """What a layer is made of."""
+
+    input_norm: Tensor
+    qkv: nn.Module
+    o: nn.Module
+    post_norm: Tensor
+    gate_up: nn.Module
+    down: nn.Module
+
+    def weights(self) -> LayerWeights | None:
+        """Return the weights of a layer whose matrices are plain ones."""
+        found = [module.weight for module in self if type(module) is Projection]
+        if len(found) != 4:
+            return None
+        qkv, o, gate_up, down = found
+        return LayerWeights(self.input_norm, qkv, o, self.post_norm, gate_up, down)
+
+
+class PlainLayers:
     """All layers, made once for all steps of an answer."""
 
-    one_by_one: list[PlainLayer]
-    stack: DecoderStack | None
-    """For one call, with the norm behind them; None where not all are plain matrices, or no kernel takes these."""
-    ends: TokenEnds | None
-    """Embedding and head, for a call from token to token; None where they are no plain matrices."""
+    def __init__(
+        self, layers: Sequence[LayerParts], norm: Tensor, *, eps: float, window: int | None, ends: TokenEnds | None
+    ) -> None:
+        """norm: behind the last layer. ends: embedding and head, None where they are no plain matrices."""
+        self.layers, self.ends = layers, ends
+        self.stack: DecoderStack | None = None
+        """For one call, with the norm behind; None where not all matrices are plain ones, or no kernel takes them."""
+        weights = [layer.weights() for layer in layers]
+        plain = [layer for layer in weights if layer is not None]
+        if 0 < len(plain) == len(layers):
+            stack = DecoderStack(plain, norm, eps=eps, window=window)
+            self.stack = stack if stack.most_tokens else None
 
-
-def plain_layers(
-    weights: Iterable[tuple[Tensor, nn.Module, nn.Module, Tensor, nn.Module, nn.Module]],
-    norm: Tensor,
-    eps: float,
-    window: int | None,
-    ends: TokenEnds | None,
-) -> PlainLayers:
-    """Gather layers, each as weight of a norm, qkv, o, weight of a norm, gate_up and down; `norm` is the last one's."""
-    one_by_one: list[PlainLayer] = []
-    stacked: list[LayerWeights] = []
-    for input_norm, qkv, o, post_norm, gate_up, down in weights:
-        one_by_one.append(
-            PlainLayer(input_norm, _product(qkv), _addition(o), post_norm, _product(gate_up), _addition(down))
-        )
-        matrices = [module.weight for module in (qkv, o, gate_up, down) if type(module) is Projection]
-        if len(matrices) == 4:
-            stacked.append(LayerWeights(input_norm, matrices[0], matrices[1], post_norm, matrices[2], matrices[3]))
-    stack = None
-    if 0 < len(stacked) == len(one_by_one):
-        stack = DecoderStack(stacked, norm, eps=eps, window=window)
-    return PlainLayers(one_by_one, stack if stack is not None and stack.most_tokens else None, ends)
+    @functools.cached_property
+    def one_by_one(self) -> list[PlainLayer]:
+        """For a call each."""
+        return [
+            PlainLayer(
+                *(layer.input_norm, _product(layer.qkv), _addition(layer.o)),
+                *(layer.post_norm, _product(layer.gate_up), _addition(layer.down)),
+            )
+            for layer in self.layers
+        ]
 
 
 def _product(module: nn.Module) -> Product:

@@ -37,7 +37,7 @@ from fused_kernels import (
 from . import stepping
 from .cache import KVCache
 from .config import Phi3Config
-from .decoding import Attend, PlainLayers, Turn, plain_layers
+from .decoding import Attend, LayerParts, PlainLayers, Turn
 from .documents import document_extents, document_lengths, document_positions
 from .projection import Projection
 from .rope import rotary_tables, rotation_matrices
@@ -320,18 +320,15 @@ class Phi3(nn.Module):
     def plain_layers(self) -> PlainLayers:
         """Return layers, norm, embedding and head as operations without modules."""
         cfg, embedding, head = self.cfg, self.model.embed_tokens, self.lm_head
-        weights = (
-            (
-                layer.input_layernorm.weight,
-                layer.self_attn.qkv_proj,
-                layer.self_attn.o_proj,
-                layer.post_attention_layernorm.weight,
-                layer.mlp.gate_up_proj,
-                layer.mlp.down_proj,
+        layers = [
+            LayerParts(
+                *(layer.input_layernorm.weight, layer.self_attn.qkv_proj, layer.self_attn.o_proj),
+                *(layer.post_attention_layernorm.weight, layer.mlp.gate_up_proj, layer.mlp.down_proj),
             )
             for layer in cast(Iterable[DecoderLayer], self.model.layers)
-        )
+        ]
         ends = None
         if type(embedding) is TokenEmbedding and type(head) is Head:
             ends = TokenEnds(embedding.weight, self.head_weight, head.bias)
-        return plain_layers(weights, self.model.norm.weight, cfg.norm_eps, cfg.sliding_window, ends)
+        norm = self.model.norm.weight
+        return PlainLayers(layers, norm, eps=cfg.norm_eps, window=cfg.sliding_window, ends=ends)
