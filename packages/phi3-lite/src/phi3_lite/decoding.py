@@ -45,7 +45,7 @@ class PlainLayers(NamedTuple):
     stack: DecoderStack | None
     """For one call, with the norm behind them; None where not all are plain matrices, or no kernel takes these."""
     ends: TokenEnds | None
-    """Embedding and head, for a call from token to token; None where they are no plain matrices."""
+    """Embedding and head, for a call from token to token; None where they are not such as the layers are."""
 
 
 def plain_layers(
@@ -68,7 +68,10 @@ def plain_layers(
     stack = None
     if 0 < len(stacked) == len(one_by_one):
         stack = DecoderStack(stacked, norm, eps=eps, window=window)
-    return PlainLayers(one_by_one, stack if stack is not None and stack.most_tokens else None, ends)
+    if stack is None or not stack.most_tokens:
+        return PlainLayers(one_by_one, None, None)
+    # the one call from token to token takes ends that are as the layers are
+    return PlainLayers(one_by_one, stack, ends if ends is not None and ends.kind == stack.kind else None)
 
 
 def _product(module: nn.Module) -> Product:
