@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import torch
 
-from phi3_lite import KVCache, Phi3, Phi3Config
+from phi3_lite import KVCache, Phi3, Phi3Config, stepping
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
@@ -136,6 +136,14 @@ def test_a_head_that_lies_by_columns_gives_the_same_logits() -> None:
         weight.data = weight.data.t().contiguous().t()
     assert likeliest is None, "layers by one call, the head by PyTorch"
     torch.testing.assert_close(*steps, rtol=0, atol=1e-5)
+
+
+def test_a_model_whose_matrices_lie_elsewhere_is_called_by_its_modules() -> None:
+    # as at ZeRO's stage 3, where the norms may stay
+    model = _model()
+    model.model.layers[0].self_attn.o_proj.weight.data = torch.empty(0)
+    with torch.no_grad():
+        assert stepping._plain_layers(model, torch.device("cpu"), model.new_cache(1)) is None
 
 
 def test_memory_grows_by_blocks_and_keeps_what_it_held() -> None:

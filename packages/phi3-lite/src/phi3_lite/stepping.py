@@ -172,8 +172,8 @@ def _plain_layers(model: "Phi3", device: torch.device, cache: KVCache) -> PlainL
     """Return what is called on a CPU in place of the modules; None where these are."""
     if device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    # a process that holds a part of each weight gathers them module by module
-    if cache.layers is None and len(model.model.norm.weight) == model.cfg.width:
+    # a process that holds a part of each weight gathers them module by module; small ones, as norms, it may hold whole
+    if cache.layers is None and all(weight.numel() for weight in model.model.layers[0].parameters()):
         cache.layers = model.plain_layers()
     return cache.layers
 
