@@ -177,8 +177,17 @@ def test_steps_equal_the_reference(poisoned: None, dtype: torch.dtype, has_bias:
         torch.testing.assert_close(own, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.08)
 
 
+@pytest.fixture(params=[1, 3])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many threads as long as a test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @BOTH
-def test_the_likeliest_of_equals_is_the_first_and_nan_is_above_all(dtype: torch.dtype) -> None:
+def test_the_likeliest_of_equals_is_the_first_and_nan_is_above_all(dtype: torch.dtype, num_threads: int) -> None:
     case = Case(dtype, **CASES["one token"])
     case.stack.norm.zero_()
     ids, lengths = torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0])
@@ -251,9 +260,45 @@ def test_layers_with_a_gradient_other_kinds_or_many_tokens_are_refused() -> None
         turned = HeldKeys([x.transpose(0, 2).contiguous().transpose(0, 2) for x in case.keys], case.values)
         with pytest.raises(BackendError, match="lie row by row"):
             decoder_layers(*call[:2], turned, *call[3:], backend="native")
+        for place in range(3, 8):
+            elsewhere = [x.to("meta") if i == place else x for i, x in enumerate(call)]
+            with pytest.raises(BackendError, match="where the weights are"):
+                decoder_layers(*elsewhere, backend="native")
         doubled = [torch.cat([x, x]) for x in (case.x, case.angles, case.rows, case.positions)]
         with pytest.raises(BackendError, match="1 to 32 tokens, got 64"):
             decoder_layers(doubled[0], *call[1:5], *doubled[1:], backend="native")
+
+
+def test_tokens_on_another_device_than_the_weights_are_refused() -> None:
+    case, numbers = Case(torch.float32, **CASES["primes"]), torch.tensor([1, 2, 3])
+    call = case.stack, _ends(case, 61, has_bias=True), case.held(), case.cos, case.sin
+    with torch.no_grad():
+        with pytest.raises(BackendError, match="where the weights are"):
+            decode_tokens(numbers, *call, numbers.to("meta"), backend="native")
+        far = TokenEnds(*(x.to("meta") for x in (call[1].embedding, call[1].head)), None)
+        with pytest.raises(BackendError, match="row by row"):
+            decode_tokens(numbers, case.stack, far, *call[2:], numbers, backend="native")
+
+
+@BOTH
+def test_weights_that_move_after_they_were_gathered_are_used_as_they_were(dtype: torch.dtype) -> None:
+    case = Case(dtype, **CASES["primes"])
+    ends, ids = _ends(case, 61, has_bias=True), torch.tensor([5, 60, 7])
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            tables = case.cos, case.sin
+            step = decode_tokens(ids, case.stack, ends, case.held(), *tables, torch.tensor([3, 0, 5]), backend="native")
+        return [*step, *case.run("native")]
+
+    before = run()
+    weights = [*(weight for layer in case.stack.layers for weight in layer), case.stack.norm, ends.embedding, ends.head]
+    for weight in weights:
+        other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+        weight.data = torch.full_like(weight, torch.nan, dtype=other)
+    for now, then in zip(run(), before, strict=True):
+        assert now.dtype == then.dtype
+        assert torch.equal(now, then)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -294,6 +339,8 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         DecoderStack([layers[0]._replace(gate_up=layers[0].gate_up[1:])], case.stack.norm, eps=1e-5)
     with pytest.raises(ValueError, match="a norm \\(32,\\)"):
         DecoderStack(layers, case.stack.norm[1:], eps=1e-5)
+    with pytest.raises(ValueError, match="at least 1 token, or None, got 0"):
+        DecoderStack(layers, case.stack.norm, eps=1e-5, window=0)
     with pytest.raises(ValueError, match="the same for each layer"):
         HeldKeys(case.keys, case.values[1:])
     with pytest.raises(ValueError, match="expected 2 layers"):
@@ -340,6 +387,14 @@ def test_without_a_compiler_pytorch_runs_and_the_report_says_why(tmp_path: Path)
     out = _run(setup, PATH=str(tmp_path))
     assert out.startswith("reference | ")
     assert "not native: no C++ compiler is installed (c++, g++, clang++)" in out
+
+
+def test_a_machine_that_does_not_let_itself_be_read_or_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> str:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/cpuinfo")
+
+    monkeypatch.setattr(native, "_processor", unreadable)
+    assert native._functions.__wrapped__() == "[Errno 2] No such file or directory: '/proc/cpuinfo'"
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import torch
 
-from phi3_lite import KVCache, Phi3, Phi3Config
+from phi3_lite import KVCache, Phi3, Phi3Config, stepping
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
@@ -99,6 +99,51 @@ def test_select_keeps_rows_in_the_given_order_and_gives_blocks_back() -> None:
         kept.select(order)
         assert (kept.batch, kept.longest, kept.shortest, kept.capacity) == (2, 7, 4, 8)
         torch.testing.assert_close(model.step(token[order], kept), expected, rtol=0, atol=1e-6)
+
+
+def test_rows_that_are_selected_twice_go_on_by_themselves() -> None:
+    model, rows = _model(), _rows([3, 9])
+    cache = model.new_cache(2)
+    new = torch.randn(3, TINY.width)
+    with torch.inference_mode():
+        model.prefill(torch.cat(rows), _bounds([3, 9]), cache)
+        cache.select(torch.tensor([1, 0, 1]))
+        hidden = model.step(new, cache)
+        expected = [model(torch.cat([rows[row], new[None, i]]))[-1] for i, row in enumerate([1, 0, 1])]
+    torch.testing.assert_close(hidden, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_a_bf16_model_writes_into_an_fp32_cache_as_into_its_own() -> None:
+    model = _model().bfloat16()
+    tokens, steps = torch.tensor([3, 5, 7, 9, 2, 8]), []
+    for dtype in (torch.bfloat16, torch.float32):
+        cache = KVCache(model.cfg, 2, dtype=dtype)
+        with torch.inference_mode():
+            model.prefill(model.embed(tokens), _bounds([2, 4]), cache)
+            steps.append(model.next_logits(tokens[:2], cache)[0].float())
+    torch.testing.assert_close(*steps, rtol=0, atol=2e-2)
+
+
+def test_a_head_that_lies_by_columns_gives_the_same_logits() -> None:
+    model, tokens, steps = _model(), torch.tensor([3, 5, 7, 9, 2, 8]), []
+    for _ in range(2):
+        cache = model.new_cache(2)
+        with torch.inference_mode():
+            model.prefill(model.embed(tokens), _bounds([2, 4]), cache)
+            logits, likeliest = model.next_logits(tokens[:2], cache)
+        steps.append(logits)
+        weight = model.head_weight
+        weight.data = weight.data.t().contiguous().t()
+    assert likeliest is None, "layers by one call, the head by PyTorch"
+    torch.testing.assert_close(*steps, rtol=0, atol=1e-5)
+
+
+def test_a_model_whose_matrices_lie_elsewhere_is_called_by_its_modules() -> None:
+    # as at ZeRO's stage 3, where the norms may stay
+    model = _model()
+    model.model.layers[0].self_attn.o_proj.weight.data = torch.empty(0)
+    with torch.no_grad():
+        assert stepping._plain_layers(model, torch.device("cpu"), model.new_cache(1)) is None
 
 
 def test_memory_grows_by_blocks_and_keeps_what_it_held() -> None:

@@ -266,7 +266,7 @@ void decoder_layers(const Sizes &s, const Layer<T> *layers, const T *final_norm,
 
 #pragma omp parallel num_threads(s.num_threads)
     {
-        std::vector<float> normed(t * d), scores(group * longest), scratch(t * std::max({d, h * k, s.mlp_width}));
+        std::vector<float> normed(t * d), scores(group * longest), scratch(t * std::max({d, h * k, k, s.mlp_width}));
         const long place = omp_get_thread_num(), threads = omp_get_num_threads();
         // a thread's part of things that come one by one
         const auto each = [&](long count, auto run) {
@@ -295,7 +295,7 @@ void decoder_layers(const Sizes &s, const Layer<T> *layers, const T *final_norm,
                     return rotate<T>(from, c, n, r, k, &turned[(token * h + head) * k]);
                 bool is_key = head < h + g;
                 long kept = ((rows[token] * g + (head - h) % g) * s.capacity + positions[token]) * k;
-                float key[k];
+                float *key = scratch.data();
                 if (is_key)
                     rotate<T>(from, c, n, r, k, key);
                 for (long channel = 0; channel < k; channel++)

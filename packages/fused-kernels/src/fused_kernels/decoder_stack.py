@@ -47,7 +47,10 @@ def kind_of(tensors: Sequence[Tensor]) -> tuple[torch.device, torch.dtype] | Non
 
 
 class DecoderStack:
-    """The weights of all layers, gathered once for many calls. A weight that is moved later is not seen."""
+    """The weights of all layers, gathered once for many calls.
+
+    What is written into a weight later is seen; one that is moved (`.to()`, `.data =`) is held and used as it was.
+    """
 
     def __init__(
         self,
@@ -62,8 +65,10 @@ class DecoderStack:
         norm: of the last layer's residual. eps: of all norms. window: a token sees itself and the window − 1 before it.
 
         Raises:
-            ValueError: there is no layer, or shapes do not fit each other.
+            ValueError: there is no layer, shapes do not fit each other, or the window has no token.
         """
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected at least 1 token, or None, got {window}; use None for no window")
         self.layers, self.norm, self.eps, self.window = tuple(layers), norm, eps, window
         found = [tuple(weight.shape for weight in layer) for layer in layers]
         if not layers or set(found) != {_expected_shapes(layers[0])} or norm.shape != layers[0].input_norm.shape:
@@ -75,7 +80,10 @@ class DecoderStack:
         weights = [*(weight for layer in layers for weight in layer), norm]
         self.kind = kind_of(weights)
         """Device and dtype that all weights have, row by row in memory; None where they differ."""
-        self.addresses = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
+        # views: the numbers stay where the addresses say, whatever becomes of the parameters
+        self._views = [weight.detach() for weight in weights]
+        self.addresses = (ctypes.c_void_p * len(weights))(*(view.data_ptr() for view in self._views))
+        self.norm_address = norm.data_ptr()
         self.width, self.width_qkv, self.width_o, self.width_mlp = (
             *(len(layers[0].input_norm), len(layers[0].qkv)),
             *(layers[0].o.shape[1], layers[0].down.shape[1]),
@@ -156,7 +164,7 @@ def _decoder_layers_native(
         x.dtype,
         ctypes.addressof(sizes),
         ctypes.addressof(stack.addresses),
-        stack.norm.data_ptr(),
+        stack.norm_address,
         ctypes.addressof(held.key_addresses),
         ctypes.addressof(held.value_addresses),
         *(tensor.data_ptr() for tensor in tensors),
@@ -176,9 +184,9 @@ def _outside(held: HeldKeys, cos: Tensor, angles: Tensor, rows: Tensor, position
 
 
 def _refuse_native_call(
-    x: Tensor, stack: DecoderStack, held: HeldKeys, cos: Tensor, sin: Tensor, *_: object
+    x: Tensor, stack: DecoderStack, held: HeldKeys, cos: Tensor, sin: Tensor, *places: Tensor
 ) -> str | None:
-    return refuse_native_layers(len(x), (x.device, x.dtype), stack, held, cos, sin)
+    return refuse_native_layers(len(x), (x.device, x.dtype), stack, held, cos, sin, *places)
 
 
 def refuse_native_layers(
@@ -188,6 +196,7 @@ def refuse_native_layers(
     held: HeldKeys,
     cos: Tensor,
     sin: Tensor,
+    *places: Tensor,
 ) -> str | None:
     """Refuse what the kernel is not written for, or is no gain for."""
     if torch.is_grad_enabled():
@@ -198,6 +207,9 @@ def refuse_native_layers(
         return "it needs weights, keys and values that lie row by row, all of x's device and dtype"
     if not cos.dtype == sin.dtype == torch.float32:
         return "it needs cosine and sine in fp32"
+    device = kind[0]
+    if any(tensor.device != device for tensor in (cos, sin, *places)):
+        return f"it needs angles, rows and positions where the weights are, on {device}"
     return None
 
 

@@ -94,7 +94,8 @@ def _functions() -> dict[tuple[str, torch.dtype], Callable[..., int]] | str:
     """All functions, or why there are none."""
     try:
         library = _library()
-    except NativeError as error:
+    except (NativeError, OSError) as error:
+        # the latter where nothing can be written at all, or the processor is not described
         return str(error)
     found = {}
     for name, arguments in _ARGUMENTS.items():

@@ -40,6 +40,8 @@ class TokenEnds:
             )
         self.embedding, self.head, self.bias = embedding, head, bias
         weights = [embedding, head] if bias is None else [embedding, head, bias]
+        # as in `DecoderStack`
+        self._views = [weight.detach() for weight in weights]
         self.kind = kind_of(weights)
         """Device and dtype that all have, row by row in memory; None where they differ."""
         bias_address = None if bias is None else bias.data_ptr()
@@ -49,16 +51,17 @@ class TokenEnds:
 def _decode_tokens_native(
     ids: Tensor, stack: DecoderStack, ends: TokenEnds, held: HeldKeys, cos: Tensor, sin: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    head = ends.head
+    assert ends.kind is not None
+    dtype = ends.kind[1]
     sizes = native_sizes(len(ids), stack, held, cos)
     cos, sin, ids = cos.contiguous(), sin.contiguous(), ids.contiguous()
-    logits, likeliest = head.new_empty(len(ids), len(head)), torch.empty_like(ids)
+    logits, likeliest = cos.new_empty(len(ids), ends.addresses.vocab_size, dtype=dtype), torch.empty_like(ids)
     is_outside = call_native(
         "decode_tokens",
-        head.dtype,
+        dtype,
         ctypes.addressof(sizes),
         ctypes.addressof(stack.addresses),
-        stack.norm.data_ptr(),
+        stack.norm_address,
         ctypes.addressof(held.key_addresses),
         ctypes.addressof(held.value_addresses),
         cos.data_ptr(),
@@ -88,7 +91,7 @@ def _refuse_native_tokens(
 ) -> str | None:
     if ends.kind is None or not lengths.is_contiguous():
         return "it needs embedding and head of one device and dtype, and lengths, that lie row by row"
-    return refuse_native_layers(len(ids), ends.kind, stack, held, cos, sin)
+    return refuse_native_layers(len(ids), ends.kind, stack, held, cos, sin, ids, lengths)
 
 
 def _decode_tokens_reference(

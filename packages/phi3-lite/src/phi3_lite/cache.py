@@ -169,7 +169,8 @@ class KVCache:
 
     def select(self, rows: Int[Tensor, " c"]) -> None:
         """Keep only these rows, in this order; the way to drop finished ones. Spare blocks are given back."""
-        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
+        self.lengths = self.lengths[rows]
+        self.rows = torch.arange(self.batch, device=rows.device)
         self._held = None
         self._measure()
         capacity = -(-self.longest // self.block) * self.block

@@ -65,7 +65,7 @@ class PlainLayers:
         self, layers: Sequence[LayerParts], norm: Tensor, *, eps: float, window: int | None, ends: TokenEnds | None
     ) -> None:
         """norm: behind the last layer. ends: embedding and head, None where they are no plain matrices."""
-        self.layers, self.ends = layers, ends
+        self.layers = layers
         self.stack: DecoderStack | None = None
         """For one call, with the norm behind; None where not all matrices are plain ones, or no kernel takes them."""
         weights = [layer.weights() for layer in layers]
@@ -73,6 +73,9 @@ class PlainLayers:
         if 0 < len(plain) == len(layers):
             stack = DecoderStack(plain, norm, eps=eps, window=window)
             self.stack = stack if stack.most_tokens else None
+        is_like_layers = self.stack is not None and ends is not None and ends.kind == self.stack.kind
+        self.ends = ends if is_like_layers else None
+        """Embedding and head, for a call from token to token; None where they are not such as the layers are."""
 
     @functools.cached_property
     def one_by_one(self) -> list[PlainLayer]:

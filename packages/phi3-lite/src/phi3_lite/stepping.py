@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from fused_kernels import attention, cached_attention, decode_tokens, decoder_layers, packed_attention, plan_packing
+from fused_kernels import (
+    DecoderStack,
+    attention,
+    cached_attention,
+    decode_tokens,
+    decoder_layers,
+    packed_attention,
+    plan_packing,
+)
 
 from .cache import KVCache
 from .decoding import Attend, PlainLayers, pass_through
@@ -117,18 +125,13 @@ def next_logits(
 ) -> tuple[Float[Tensor, "b v"], Int[Tensor, " b"] | None]:
     """As `Phi3.next_logits`."""
     layers = _plain_layers(model, tokens.device, cache)
-    if (
-        layers is None
-        or layers.stack is None
-        or layers.ends is None
-        or len(tokens) > layers.stack.most_tokens
-        or model.cfg.long_rope is not None
-    ):
+    stack = _stack_for(layers, len(tokens), cache)
+    if layers is None or layers.ends is None or stack is None or model.cfg.long_rope is not None:
         return model.logits(step(model, model.embed(tokens), cache)), None
     end = cache.longest + 1
     cache.reserve(end)
     tables = kept_tables(model.cfg, end, tokens.device)
-    found = decode_tokens(tokens, layers.stack, layers.ends, cache.held, *tables, cache.lengths)
+    found = decode_tokens(tokens, stack, layers.ends, cache.held, *tables, cache.lengths)
     cache.count_up()
     return found
 
@@ -152,8 +155,8 @@ def _run(
     if layers is None:
         x = model.model(x, positions, extents, make_attend(), end=end)
         return model.model.norm(x if chosen is None else x[chosen])
-    stack = layers.stack
-    if stack is not None and len(x) <= stack.most_tokens:
+    stack = _stack_for(layers, len(x), cache)
+    if stack is not None:
         if model.cfg.long_rope is None:
             tables, angles = kept_tables(model.cfg, end, x.device), positions
         else:
@@ -169,10 +172,18 @@ def _plain_layers(model: "Phi3", device: torch.device, cache: KVCache) -> PlainL
     """Return what is called on a CPU in place of the modules; None where these are."""
     if device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    # a process that holds a part of each weight gathers them module by module
-    if cache.layers is None and len(model.model.norm.weight) == model.cfg.width:
+    # a process that holds a part of each weight gathers them module by module; small ones, as norms, it may hold whole
+    if cache.layers is None and all(weight.numel() for weight in model.model.layers[0].parameters()):
         cache.layers = model.plain_layers()
     return cache.layers
+
+
+def _stack_for(layers: PlainLayers | None, num_tokens: int, cache: KVCache) -> DecoderStack | None:
+    """Return the layers for one call; None where a kernel takes not so many tokens, or no cache of this dtype."""
+    stack = None if layers is None else layers.stack
+    if stack is None or num_tokens > stack.most_tokens or cache.held.kind != stack.kind:
+        return None
+    return stack
 
 
 def _refill(model: "Phi3", outgrown: list[int], cache: KVCache, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
