@@ -130,6 +130,29 @@ def test_bf16_and_fp32_are_as_near_to_fp64_as_the_reference(dtype: torch.dtype) 
     assert native_error < 1.5 * reference_error
 
 
+def test_bf16_is_rounded_where_the_reference_rounds() -> None:
+    case = Case(torch.bfloat16, t=8, d=256, h=4, g=2, k=32, e=256, r=16, num_layers=1)
+    own, expected = case.run("native")[0], case.run("reference")[0]
+    # sums in another order round a few numbers otherwise; a rounding that is missing, or is too much, a quarter of all
+    assert (own == expected).float().mean() > 0.9
+
+
+def test_a_tie_is_rounded_to_the_even_number() -> None:
+    x = torch.zeros(2, 256, dtype=torch.bfloat16)
+    x[0, :2] = torch.tensor([1, 2**-8])
+    x[1, :3] = torch.tensor([1, 2**-7, 2**-8])
+    out = linear(x, torch.ones(256, 256, dtype=torch.bfloat16), backend="native")
+    assert out[:, 0].tolist() == [1, 1 + 2**-6]
+
+
+def test_scores_beyond_what_an_exponential_holds_equal_the_reference() -> None:
+    case = Case(torch.float32, **CASES["primes"])
+    for layer in case.stack.layers:
+        layer.qkv.mul_(20)
+    for own, expected in zip(case.run("native"), case.run("reference"), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+
+
 @BOTH
 def test_a_token_is_the_same_whatever_stands_beside_it_and_however_many_threads(dtype: torch.dtype) -> None:
     case = Case(dtype, **CASES["many"])
@@ -260,10 +283,10 @@ def test_layers_with_a_gradient_other_kinds_or_many_tokens_are_refused() -> None
         turned = HeldKeys([x.transpose(0, 2).contiguous().transpose(0, 2) for x in case.keys], case.values)
         with pytest.raises(BackendError, match="lie row by row"):
             decoder_layers(*call[:2], turned, *call[3:], backend="native")
-        for place in range(3, 8):
-            elsewhere = [x.to("meta") if i == place else x for i, x in enumerate(call)]
+        for place in range(5):
+            elsewhere = [x.to("meta") if i == place else x for i, x in enumerate(call[3:])]
             with pytest.raises(BackendError, match="where the weights are"):
-                decoder_layers(*elsewhere, backend="native")
+                decoder_layers(*call[:3], *elsewhere, backend="native")
         doubled = [torch.cat([x, x]) for x in (case.x, case.angles, case.rows, case.positions)]
         with pytest.raises(BackendError, match="1 to 32 tokens, got 64"):
             decoder_layers(doubled[0], *call[1:5], *doubled[1:], backend="native")
@@ -275,7 +298,7 @@ def test_tokens_on_another_device_than_the_weights_are_refused() -> None:
     with torch.no_grad():
         with pytest.raises(BackendError, match="where the weights are"):
             decode_tokens(numbers, *call, numbers.to("meta"), backend="native")
-        far = TokenEnds(*(x.to("meta") for x in (call[1].embedding, call[1].head)), None)
+        far = TokenEnds(call[1].embedding.to("meta"), call[1].head.to("meta"), None)
         with pytest.raises(BackendError, match="row by row"):
             decode_tokens(numbers, case.stack, far, *call[2:], numbers, backend="native")
 

@@ -141,7 +141,7 @@ def test_a_head_that_lies_by_columns_gives_the_same_logits() -> None:
 def test_a_model_whose_matrices_lie_elsewhere_is_called_by_its_modules() -> None:
     # as at ZeRO's stage 3, where the norms may stay
     model = _model()
-    model.model.layers[0].self_attn.o_proj.weight.data = torch.empty(0)
+    model.get_parameter("model.layers.0.self_attn.o_proj.weight").data = torch.empty(0)
     with torch.no_grad():
         assert stepping._plain_layers(model, torch.device("cpu"), model.new_cache(1)) is None
 

@@ -318,7 +318,7 @@ void decoder_layers(const Sizes &s, const Layer<T> *layers, const T *final_norm,
             span = part_of(s.mlp_width);
             multiply(layer.gate_up, span.begin, span.end, d, normed.data(), t, scratch.data(), [&](long row, long token, float product) {
                 float gate = rounded<T>(product);
-                active[token * s.mlp_width + row] = gate / (1 + std::exp(-gate));
+                active[token * s.mlp_width + row] = rounded<T>(gate / (1 + std::exp(-gate)));
             });
             const T *up = layer.gate_up + s.mlp_width * d;
             multiply(up, span.begin, span.end, d, normed.data(), t, scratch.data(), [&](long row, long token, float product) {
