@@ -8,7 +8,7 @@ from fused_kernels import BackendError, linear, linear_product
 
 @pytest.fixture
 def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_product, "lacks_half_units", lambda: True)
+    monkeypatch.setattr(linear_product, "_lacks_half_units", lambda: True)
     # what was found out about this machine before
     monkeypatch.setattr(linear_product.LINEAR, "_able", {})
 

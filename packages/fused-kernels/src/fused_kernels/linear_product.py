@@ -26,7 +26,7 @@ _LONG_ROW = 2048
 
 
 @functools.cache
-def lacks_half_units() -> bool:
+def _lacks_half_units() -> bool:
     """Whether this is an x86 CPU without bf16 instructions, where oneDNN takes them apart in software."""
     cpu: Any = torch.cpu
     return cpu._is_avx2_supported() and not (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
@@ -40,7 +40,7 @@ def is_multiplied_by_fp32(x: Tensor) -> bool:
 def _refuse_by_fp32(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu" or dtype.itemsize != 2:
         return "it is for half precision on a CPU"
-    return None if lacks_half_units() else "this CPU multiplies bf16 itself"
+    return None if _lacks_half_units() else "this CPU multiplies bf16 itself"
 
 
 class _ByFp32(torch.autograd.Function):
