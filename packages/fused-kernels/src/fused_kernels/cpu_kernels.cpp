@@ -40,7 +40,9 @@ template <typename T> constexpr int PIECES = sizeof(float) / sizeof(T);
 inline Floats load(const float *at) { return *(const LooseFloats *)at; }
 
 // bf16 is the upper half of fp32
-inline Floats load(const BFloat16 *at) { return (Floats)(__builtin_convertvector(*(const LooseHalves *)at, Words) << 16); }
+inline Floats load(const BFloat16 *at) {
+    return (Floats)(__builtin_convertvector(*(const LooseHalves *)at, Words) << 16);
+}
 
 inline float widen(float x) { return x; }
 
@@ -204,7 +206,8 @@ template <typename T> void rms_norm(const float *x, const T *weight, long width,
 }
 
 // x[i], x[i + r] turned by the i-th angle; channels from 2r on stay
-template <typename T> void rotate(const float *x, const float *cos, const float *sin, long r, long head_dim, float *out) {
+template <typename T>
+void rotate(const float *x, const float *cos, const float *sin, long r, long head_dim, float *out) {
     for (long i = 0; i < r; i++) {
         out[i] = rounded<T>(x[i] * cos[i] - x[i + r] * sin[i]);
         out[i + r] = rounded<T>(x[i + r] * cos[i] + x[i] * sin[i]);
@@ -259,7 +262,8 @@ void decoder_layers(const Sizes &s, const Layer<T> *layers, const T *final_norm,
                     const int64_t *rows, const int64_t *positions, const T *in, T *out) {
     const long t = s.num_tokens, d = s.width, k = s.head_dim, h = s.num_heads, g = s.num_kv_heads;
     const long group = h / g, num_places = h + 2 * g, r = s.num_angles;
-    std::vector<float> x(t * d), heads(t * num_places * k), turned(t * h * k), mixed(t * h * k), active(t * s.mlp_width);
+    std::vector<float> x(t * d), heads(t * num_places * k), turned(t * h * k), mixed(t * h * k);
+    std::vector<float> active(t * s.mlp_width);
     for (long i = 0; i < t * d; i++)
         x[i] = widen(in[i]);
     const long longest = 1 + *std::max_element(positions, positions + t);
@@ -284,9 +288,10 @@ void decoder_layers(const Sizes &s, const Layer<T> *layers, const T *final_norm,
             for (long token = 0; token < t; token++)
                 rms_norm(&x[token * d], layer.input_norm, d, s.eps, &normed[token * d]);
             Span span = part_of(num_places * k);
-            multiply(layer.qkv, span.begin, span.end, d, normed.data(), t, scratch.data(), [&](long row, long token, float product) {
-                heads[token * num_places * k + row] = rounded<T>(product);
-            });
+            multiply(layer.qkv, span.begin, span.end, d, normed.data(), t, scratch.data(),
+                     [&](long row, long token, float product) {
+                         heads[token * num_places * k + row] = rounded<T>(product);
+                     });
 #pragma omp barrier
             each(t * num_places, [&](long i) {
                 long token = i / num_places, head = i % num_places;
@@ -316,15 +321,17 @@ void decoder_layers(const Sizes &s, const Layer<T> *layers, const T *final_norm,
             for (long token = 0; token < t; token++)
                 rms_norm(&x[token * d], layer.post_norm, d, s.eps, &normed[token * d]);
             span = part_of(s.mlp_width);
-            multiply(layer.gate_up, span.begin, span.end, d, normed.data(), t, scratch.data(), [&](long row, long token, float product) {
-                float gate = rounded<T>(product);
-                active[token * s.mlp_width + row] = rounded<T>(gate / (1 + std::exp(-gate)));
-            });
+            multiply(layer.gate_up, span.begin, span.end, d, normed.data(), t, scratch.data(),
+                     [&](long row, long token, float product) {
+                         float gate = rounded<T>(product);
+                         active[token * s.mlp_width + row] = rounded<T>(gate / (1 + std::exp(-gate)));
+                     });
             const T *up = layer.gate_up + s.mlp_width * d;
-            multiply(up, span.begin, span.end, d, normed.data(), t, scratch.data(), [&](long row, long token, float product) {
-                float &out = active[token * s.mlp_width + row];
-                out = rounded<T>(out * rounded<T>(product));
-            });
+            multiply(up, span.begin, span.end, d, normed.data(), t, scratch.data(),
+                     [&](long row, long token, float product) {
+                         float &out = active[token * s.mlp_width + row];
+                         out = rounded<T>(out * rounded<T>(product));
+                     });
 #pragma omp barrier
             span = part_of(d);
             multiply(layer.down, span.begin, span.end, s.mlp_width, active.data(), t, scratch.data(), add);
@@ -351,9 +358,10 @@ void linear(int64_t num_threads, int64_t t, int64_t n, int64_t k, const T *x, co
     {
         std::vector<float> scratch(t * k);
         Span span = part_of(n);
-        multiply(weight, span.begin, span.end, k, wide.data(), t, scratch.data(), [&](long row, long token, float product) {
+        const auto give = [&](long row, long token, float product) {
             out[token * n + row] = narrow<T>(product + (bias ? widen(bias[row]) : 0));
-        });
+        };
+        multiply(weight, span.begin, span.end, k, wide.data(), t, scratch.data(), give);
         for (long token = 0; largest && token < t; token++) {
             const T *logits = out + token * n;
             // NaN counts as the largest, as PyTorch has it
@@ -395,7 +403,8 @@ void decode_tokens(const Sizes &s, const Layer<T> *layers, const T *final_norm, 
         rows[row] = row;
     }
     decoder_layers(s, layers, final_norm, keys, values, cos, sin, lengths, rows.data(), lengths, x.data(), x.data());
-    linear(s.num_threads, t, ends.vocab_size, d, x.data(), (const T *)ends.head, (const T *)ends.bias, logits, likeliest);
+    linear(s.num_threads, t, ends.vocab_size, d, x.data(), (const T *)ends.head, (const T *)ends.bias, logits,
+           likeliest);
     for (long row = 0; row < t; row++)
         lengths[row]++;
 }
