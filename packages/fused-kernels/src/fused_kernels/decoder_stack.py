@@ -5,6 +5,7 @@ into a cache, grouped causal attention over it, the residual; RMSNorm, SwiGLU, t
 """
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -89,7 +90,7 @@ class DecoderStack:
             *(layers[0].o.shape[1], layers[0].down.shape[1]),
         )
 
-    @property
+    @functools.cached_property
     def most_tokens(self) -> int:
         """Up to so many tokens `decoder_layers` runs a kernel; 0: it has but its reference for these weights."""
         if self.kind is None or DECODER_LAYERS.choose("auto", *self.kind) is decoder_layers_reference:
