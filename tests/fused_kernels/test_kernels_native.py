@@ -21,6 +21,7 @@ from fused_kernels import (
     linear,
     native,
 )
+from fused_kernels.linear_product import LINEAR
 
 CPU = torch.device("cpu")
 REASON = native.refuse_native(CPU, torch.float32)
@@ -384,32 +385,33 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         decode_tokens(ids[1:], case.stack, ends, held, case.cos, case.sin, ids[1:])
 
 
-# What the next tests run in a process of its own, which has built nothing yet.
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from fused_kernels import backend_report, linear, native
-{setup}
-rows = {{row.op: row for row in backend_report("cpu", torch.float32)}}
-print(rows["linear"].backend, "|", rows["linear"].reason)
-assert linear(torch.ones(1, 256), torch.ones(256, 256)).eq(256).all()
-"""
+@pytest.fixture
+def other_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package's folder whose kernels are not built yet, where the path holds but what a test puts into `tmp_path`."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "other.cpp").write_text("int x;")
+    monkeypatch.setattr(native, "_SOURCE", folder / "other.cpp")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    native._functions.cache_clear()
+    yield folder
+    monkeypatch.undo()
+    native._functions.cache_clear()
 
 
-def _run(setup: str, **environment: str) -> str:
-    code = SCRIPT.format(setup=setup)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
-    )
-    return done.stdout
+def _compiler(folder: Path, lines: str) -> Path:
+    path = folder / "c++"
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return path
 
 
-def test_without_a_compiler_pytorch_runs_and_the_report_says_why(tmp_path: Path) -> None:
-    setup = f"native._SOURCE = Path({str(tmp_path)!r}) / 'other.cpp'; native._SOURCE.write_text('int x;')"
-    out = _run(setup, PATH=str(tmp_path))
-    assert out.startswith("reference | ")
-    assert "not native: no C++ compiler is installed (c++, g++, clang++)" in out
+def test_without_a_compiler_pytorch_runs_and_the_report_says_why(other_source: Path) -> None:
+    row = LINEAR.report(CPU, torch.float32)
+    assert row.backend == "reference"
+    assert "not native: no C++ compiler is installed (c++, g++, clang++)" in row.reason
+    with pytest.raises(BackendError, match="no C\\+\\+ compiler is installed"):
+        linear(torch.ones(1, 256), torch.ones(256, 256), backend="native")
 
 
 def test_a_machine_that_does_not_let_itself_be_read_or_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,42 +422,43 @@ def test_a_machine_that_does_not_let_itself_be_read_or_written_is_named(monkeypa
     assert native._functions.__wrapped__() == "[Errno 2] No such file or directory: '/proc/cpuinfo'"
 
 
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    setup = f"native._SOURCE = Path({str(tmp_path)!r}) / 'other.cpp'; native._SOURCE.write_text('int x;')"
-    out = _run(setup, PATH=str(tmp_path))
-    assert out.startswith("reference | ")
-    assert f"not native: {compiler} failed: x.cpp:1: error: no such thing" in out
+def test_a_compiler_that_fails_is_quoted(other_source: Path, tmp_path: Path) -> None:
+    compiler = _compiler(tmp_path, "echo 'x.cpp:1: error: no such thing' >&2; exit 1")
+    row = LINEAR.report(CPU, torch.float32)
+    assert row.backend == "reference"
+    assert f"not native: {compiler} failed: x.cpp:1: error: no such thing" in row.reason
 
 
-def test_a_build_is_kept_and_one_that_cannot_be_kept_serves_its_process(tmp_path: Path) -> None:
+def test_a_build_is_kept_and_one_that_cannot_be_kept_serves_its_process(other_source: Path, tmp_path: Path) -> None:
     # stands in for a compiler: hands out what is built already, and counts
     kept = Path(native.__file__).parent.glob("__pycache__/cpu_kernels.*.so")
     built = max(kept, key=lambda path: path.stat().st_mtime)
-    compiler, count = tmp_path / "c++", tmp_path / "count"
-    compiler.write_text(f'#!/bin/sh\necho once >> {count}\nfor last in "$@"; do :; done\n/bin/cp {built} "$last"\n')
-    compiler.chmod(0o755)
-    folder = tmp_path / "package"
-    folder.mkdir()
-    setup = f"native._SOURCE = Path({str(folder)!r}) / 'other.cpp'; native._SOURCE.write_text('int x;')"
-    for _ in range(2):
-        assert _run(setup, PATH=str(tmp_path)).startswith("native | ")
+    count, folder = tmp_path / "count", other_source / "__pycache__"
+    _compiler(tmp_path, f'echo once >> {count}; for last in "$@"; do :; done; /bin/cp {built} "$last"')
+
+    def is_able() -> bool:
+        native._functions.cache_clear()
+        return native.refuse_native(CPU, torch.float32) is None
+
+    assert is_able()
+    assert is_able()
     assert count.read_text().split() == ["once"]
-    assert [path.suffix for path in folder.glob("__pycache__/*")] == [".so"], "nothing half-built is left"
+    (found,) = folder.iterdir()
+    assert found.suffix == ".so", "nothing half-built is left"
     # a file where the folder would be: as where nothing may be written
-    (folder / "__pycache__" / next(folder.glob("__pycache__/*")).name).unlink()
-    (folder / "__pycache__").rmdir()
-    (folder / "__pycache__").write_text("")
-    assert _run(setup, PATH=str(tmp_path)).startswith("native | ")
+    found.unlink()
+    folder.rmdir()
+    folder.write_text("")
+    assert is_able()
     assert count.read_text().split() == ["once", "once"]
-    assert (folder / "__pycache__").read_text() == ""
+    assert folder.read_text() == ""
 
 
 def test_threads_are_those_that_pytorch_has() -> None:
-    setup = """
+    code = """
 import os
+import torch
+from fused_kernels import linear
 count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(2)
 product = torch.randn(600, 600) @ torch.randn(600, 600)
@@ -463,4 +466,4 @@ before = count()
 linear(torch.ones(1, 512), torch.ones(512, 512), backend="native")
 assert count() == before, (before, count())
 """
-    assert _run(setup, OMP_NUM_THREADS="2").startswith("native | ")
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "2"})

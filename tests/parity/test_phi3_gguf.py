@@ -134,8 +134,9 @@ def test_logits_equal_transformers_on_the_dequantised_weights(arch, kind, write_
     ours = _load(found)
     ids = torch.randint(0, vocab_size, (13,))
     with torch.no_grad():
-        expected = theirs(ids[None], use_cache=False).logits[0]
-        torch.testing.assert_close(ours.logits(ours(ours.embed(ids))), expected, rtol=0, atol=1e-5)
+        # in fp64: its own rounding in fp32 is several times ours, 1.4e-5 with weights as large as Q4_K's
+        expected = theirs.double()(ids[None], use_cache=False).logits[0]
+        torch.testing.assert_close(ours.logits(ours(ours.embed(ids))).double(), expected, rtol=0, atol=5e-6)
     assert expected.std() > 0.05
 
 
